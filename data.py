@@ -1,0 +1,687 @@
+"""Everything between the files and the model: the dataset table, preprocessing, coloring, the prepared store, sampling.
+
+Preprocessing is one set of functions for training, inference and evaluation. Every case is read once and written to the
+*prepared store* as memory-mapped slices; from then on nothing here touches a NIfTI, and training needs torch and numpy only.
+What is random about a training sample (which case, crop, colors, hidden patches, drop path) comes from one generator
+keyed by (seed, step, number of the sample in the global batch), so that a run can be resumed and split over any ranks.
+
+    found = find("path/to/data")                # {name: Found}: what is there, by its own marks
+    store = prepare(found, "store")             # read every case once
+    episodes = Episodes(Store("store"), image_size=448, patch=16, depth=24)
+    sample = episodes[step, i]
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import readers
+from readers import DataError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The datasets (paper, Table 1)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    title: str
+    region: str
+    modality: str      # ct | mri | xray | ultrasound
+    task: str          # segmentation | synthesis | inpainting | denoising | detection
+    labels: tuple = () # names of classes 1, 2, ... for segmentation
+    split: str = ""    # the rule
+    paper: tuple = ()  # the paper's (training, test) counts
+    licence: str = ""
+    address: str = ""
+    reader: Callable = field(default=None, compare=False)  # None: not read yet
+
+    @property
+    def colored(self):
+        """Are the labels masks of classes, to be colored? Otherwise they are images."""
+        return self.task == "segmentation"
+
+
+_AMOS = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "postcava", "pancreas",
+         "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus")
+_WORD = ("liver", "spleen", "left kidney", "right kidney", "stomach", "gallbladder", "esophagus", "pancreas", "duodenum", "colon",
+         "intestine", "adrenal", "rectum", "bladder", "left femur head", "right femur head")
+_BTCV = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "inferior vena cava",
+         "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland")
+
+DATASETS = {d.name: d for d in (
+    Dataset("amos_ct", "AMOS22 CT", "abdomen", "ct", "segmentation", _AMOS, "", (240, 120), "see address", "zenodo.org/records/7262581"),
+    Dataset("amos_mri", "AMOS22 MRI", "abdomen", "mri", "segmentation", _AMOS, "", (60, 50), "see address", "zenodo.org/records/7262581"),
+    Dataset("word", "WORD", "abdomen", "ct", "segmentation", _WORD, "", (100, 20), "see address", "github.com/HiLab-git/WORD"),
+    Dataset("btcv", "BTCV", "abdomen", "ct", "segmentation", _BTCV, "", (21, 9), "see address", "synapse.org (syn3193805)"),
+    Dataset("microsegnet", "MicroSegNet", "pelvis", "ultrasound", "segmentation", ("prostate",), "", (55, 20), "see address",
+            "zenodo.org/records/10475293"),
+    Dataset("promise12", "PROMISE12", "pelvis", "mri", "segmentation", ("prostate",), "", (50, 30), "see address",
+            "zenodo.org/records/8026660"),
+    Dataset("brats_gli", "BraTS-GLI 2023", "brain", "mri", "synthesis", (), "", (1251, 219), "see address", "synapse.org (BraTS 2023)"),
+    Dataset("brats_local", "BraTS 2023 Local Synthesis", "brain", "mri", "inpainting", (), "", (1000, 251), "see address",
+            "synapse.org (BraTS 2023)"),
+    Dataset("ldct", "LDCT and Projection Data", "chest", "ct", "denoising", (), "", (200, 59), "see address",
+            "cancerimagingarchive.net (LDCT-and-Projection-data)"),
+    Dataset("chest_xray", "Chest X-ray lungs", "chest", "xray", "segmentation", ("lung",), "", (15, 6), "see address",
+            "Montgomery and Shenzhen sets"),
+    Dataset("acdc", "ACDC", "chest", "mri", "segmentation", ("right ventricle", "myocardium", "left ventricle"),
+            "official: training / testing folder", (100, 50), "CC BY-NC-SA 4.0",
+            "humanheart-project.creatis.insa-lyon.fr/database", readers.acdc),
+    Dataset("la", "LA 2018", "chest", "mri", "segmentation", ("left atrium",), "official: Training Set / Testing Set folder",
+            (81, 20), "challenge terms, research only", "cardiacatlas.org/atriaseg2018-challenge", readers.la),
+    Dataset("deeplesion", "DeepLesion", "whole body", "ct", "detection", (), "", (25000, 7120), "NIH terms",
+            "nihcc.app.box.com/v/DeepLesion"),
+    # Out of distribution: Medical Segmentation Decathlon
+    Dataset("msd_liver", "MSD Task03 Liver", "abdomen", "ct", "segmentation", ("liver", "cancer"), "last fifth of the sorted cases", (),
+            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_lung", "MSD Task06 Lung", "chest", "ct", "segmentation", ("cancer",), "last fifth of the sorted cases", (),
+            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_spleen", "MSD Task09 Spleen", "abdomen", "ct", "segmentation", ("spleen",), "last fifth of the sorted cases", (),
+            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
+)}
+
+
+@dataclass
+class Found:
+    dataset: Dataset
+    root: Path
+    cases: list
+
+
+def dataset_of_folder(folder):
+    """The `Found` of a folder, or None: a dataset of the table, a Decathlon task, or a folder in nnU-Net form."""
+    for dataset in DATASETS.values():
+        if dataset.reader not in (None, readers.decathlon):
+            cases = dataset.reader(folder)
+            if cases is not None:
+                return Found(dataset, folder, cases)
+    for reader in (readers.decathlon, readers.nnunet):
+        cases = reader(folder)
+        if cases is not None:
+            return Found(described_by_json(folder, reader), folder, cases)
+    return None
+
+
+def described_by_json(folder, reader):
+    """The table row of a folder that describes itself in dataset.json."""
+    about = readers.folder_json(folder)
+    channels = about.get("channel_names" if reader is readers.nnunet else "modality")
+    first = str(channels.get("0", "") if isinstance(channels, dict) else channels).lower()
+    modality = "ct" if first.startswith("ct") else "xray" if "x-ray" in first or "xray" in first \
+        else "ultrasound" if "ultrasound" in first or first == "us" else "mri"
+    labels = about.get("labels")
+    if labels == "image":
+        names = ()
+    elif isinstance(labels, dict) and labels:
+        try:  # Decathlon {"1": "spleen"}, nnU-Net {"spleen": 1}
+            number = {int(k): str(v) for k, v in labels.items()} if reader is readers.decathlon else \
+                {int(v): str(k) for k, v in labels.items()}
+        except (TypeError, ValueError):
+            raise DataError(f"{folder / 'dataset.json'}: labels {labels} are no plain classes: give every class one number") from None
+        names = tuple(number.get(i, f"class {i}") for i in range(1, max(number) + 1))
+    else:
+        raise DataError(f"{folder / 'dataset.json'} has no labels: name the classes, or write \"labels\": \"image\"")
+    if reader is readers.decathlon:
+        name = "msd_" + str(about.get("name") or folder.name.split("_", 1)[-1]).lower()
+        if name in DATASETS:
+            return DATASETS[name]
+    else:
+        name = folder.name
+    split = "imagesTs if labelled, else the last fifth of the sorted cases" if reader is readers.nnunet else "last fifth of the sorted cases"
+    return Dataset(name, str(about.get("name", name)), "", modality, "segmentation" if names else "synthesis", names, split,
+                   licence=str(about.get("licence", about.get("license", ""))), address=str(about.get("reference", "")), reader=reader)
+
+
+def find(data_root, names=None, depth=5):
+    """Every dataset below a folder, known by its marks at any nesting: {name: Found}.
+
+    names: which to keep. Raises DataError for a missing or empty root, and for names that are unknown or not there.
+    """
+    root = Path(data_root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder: pass the folder that holds the datasets")
+    found, level = {}, [root]
+    for _ in range(depth):
+        below = []
+        for folder in level:
+            hit = dataset_of_folder(folder)
+            if hit is None:
+                below += readers.clean(p for p in folder.iterdir() if p.is_dir())
+            elif hit.dataset.name in found:
+                print(f"{hit.dataset.name}: found at {found[hit.dataset.name].root} and again at {hit.root}, which is left out")
+            else:
+                found[hit.dataset.name] = hit
+        level = below
+    check_names(names, found, root)
+    if not found:
+        raise DataError(f"{root} holds no dataset that is known here: unpack one into it, for example ACDC, or a folder in nnU-Net form")
+    return {n: f for n, f in sorted(found.items()) if not names or n in names}
+
+
+def check_names(names, there, where):
+    """Raise DataError for dataset names that nobody knows (the nearest is suggested) or that are not there."""
+    for name in names or ():
+        if name not in there:
+            near = difflib.get_close_matches(name, [*there, *DATASETS], 1, 0.5)
+            if name in DATASETS:
+                raise DataError(f"dataset {name} is not in {where}: it holds {', '.join(there) or 'none'}")
+            raise DataError(f"dataset {name!r} is unknown{f', did you mean {near[0]}?' if near else ''}: {where} holds {', '.join(there) or 'none'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preprocessing: any file -> slices in [0, 1], always the same way up
+
+
+@dataclass
+class Slicing:
+    """How a volume is cut: turned to LPS, then slices along `axis`, each a picture as radiologists hang it.
+
+    Axial slices have rows anterior to posterior and columns right to left; others have rows superior to inferior.
+    """
+    to_lps: np.ndarray    # nibabel orientation transforms
+    from_lps: np.ndarray
+    axis: int             # of LPS: 0 sagittal, 1 coronal, 2 axial
+    spacing: tuple        # (slice, row, column) in mm
+
+    _ORDER = {2: (2, 1, 0), 1: (1, 2, 0), 0: (0, 2, 1)}
+
+    def cut(self, array):
+        """(X, Y, Z) as stored -> (K, H, W)"""
+        from nibabel.orientations import apply_orientation
+        stack = apply_orientation(array, self.to_lps).transpose(self._ORDER[self.axis])
+        return stack if self.axis == 2 else stack[:, ::-1]
+
+    def restore(self, stack):
+        """(K, H, W) -> (X, Y, Z) as stored, the inverse of `cut`"""
+        from nibabel.orientations import apply_orientation
+        stack = stack if self.axis == 2 else stack[:, ::-1]
+        return apply_orientation(stack.transpose(np.argsort(self._ORDER[self.axis])), self.from_lps)
+
+
+def slicing(volume, axis=None):
+    """The `Slicing` of a volume: along the coarsest axis if at least twice as coarse as the next, else axial."""
+    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+    stored, lps = io_orientation(volume.affine), axcodes2ornt(("L", "P", "S"))
+    to_lps = ornt_transform(stored, lps)
+    mm = np.empty(3)
+    mm[stored[:, 0].astype(int)] = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    if axis is None:
+        order = np.argsort(mm)
+        axis = int(order[2]) if volume.kind != "picture" and mm[order[2]] >= 2 * mm[order[1]] else 2
+    spacing = tuple(float(mm[i]) for i in Slicing._ORDER[axis])
+    return Slicing(to_lps, ornt_transform(lps, stored), axis, spacing)
+
+
+def guess_modality(volume):
+    """ct (Hounsfield units reach air), picture (8-bit), else mri: for files that no dataset describes."""
+    if volume.kind == "picture" and volume.eight_bit:
+        return "picture"
+    return "ct" if volume.array.min() <= -200 else "mri"
+
+
+def intensity_range(volume, modality):
+    """What becomes 0 and 1: CT [-100, 200] HU (paper), 8-bit pictures their 255, else the volume's 0.5/99.5 percentiles."""
+    if modality == "ct":
+        return -100.0, 200.0
+    if volume.eight_bit and (volume.kind == "picture" or modality in ("xray", "ultrasound")):
+        return 0.0, 255.0
+    low, high = (float(v) for v in np.percentile(volume.array, (0.5, 99.5)))
+    if high <= low:  # nearly empty, or constant
+        low, high = float(volume.array.min()), float(volume.array.max())
+    return low, high if high > low else low + 1.0
+
+
+def to_unit(array, low_high):
+    """Clip to the range and scale to [0, 1], float32."""
+    low, high = low_high
+    return ((np.clip(array.astype(np.float32), low, high) - low) / (high - low)).astype(np.float32)
+
+
+def resize_images(x, size):
+    """(..., H, W) floats -> (..., h, w), bilinear, antialiased where it shrinks. size: (h, w)"""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    lead = x.shape[:-2]
+    return F.interpolate(x.reshape(1, -1, *x.shape[-2:]), size=size, mode="bilinear", antialias=True).reshape(*lead, *size)
+
+
+def resize_labels(x, size):
+    """(..., H, W) classes, floats or integers -> (..., h, w), nearest"""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    lead = x.shape[:-2]
+    return F.interpolate(x.reshape(1, -1, *x.shape[-2:]).float(), size=size, mode="nearest-exact").to(x.dtype).reshape(*lead, *size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coloring (section 3.2): the class 0 is black, every other class a gray value
+
+
+def color_gap(n):
+    """The least distance of n random colors from each other and from 0 (ours; the paper gives none)."""
+    return min(0.2, 0.7 / max(n, 1))
+
+
+def random_colors(n, rng):
+    """n gray values in (0, 1], at least `color_gap(n)` apart and from 0, in random order."""
+    gap = color_gap(n)
+    room = np.sort(rng.random(n)) * (1 - n * gap)
+    return rng.permutation(room + gap * np.arange(1, n + 1))
+
+
+def spread_colors(n):
+    """n gray values as far apart as can be, the surest to tell apart at inference."""
+    return np.arange(1, n + 1) / max(n, 1)
+
+
+def predefined_offsets(datasets):
+    """Offset of every segmentation dataset, and the sum: class n of dataset k is painted (offset_k + n) / sum.
+
+    The paper's formula read as a running sum. The table comes first, in its order, then other names in theirs.
+    """
+    every = [*DATASETS.values(), *sorted((d for d in datasets if d.name not in DATASETS), key=lambda d: d.name)]
+    offsets, total = {}, 0
+    for dataset in every:
+        if dataset.colored:
+            offsets[dataset.name], total = total, total + len(dataset.labels)
+    return offsets, total
+
+
+def make_palette(classes, coloring, rng, name=None, predefined=None):
+    """The gray value of every class of a sample, a float32 table (256,): 0 for the background and for classes not listed.
+
+    classes: those the prompt shows. coloring: random | predefined | binary (one class, drawn, against the rest).
+    name, predefined: the dataset and `predefined_offsets`, for predefined colors.
+    """
+    palette, classes = np.zeros(256, np.float32), np.asarray(classes, int)
+    if len(classes) == 0:
+        return palette
+    if coloring == "random":
+        palette[classes] = random_colors(len(classes), rng)
+    elif coloring == "predefined":
+        offsets, total = predefined
+        palette[classes] = (offsets[name] + classes) / total
+    elif coloring == "binary":
+        palette[rng.choice(classes)] = 1.0
+    else:
+        raise ValueError(f"coloring is {coloring!r}: choose random, predefined or binary")
+    return palette
+
+
+def color(labels, palette, colored):
+    """Paint integer classes: labels (B, ...) floats, palette (B, 256), colored (B,) bool -> (B, ...). Images pass unchanged."""
+    flat = labels.flatten(1)
+    painted = palette.gather(1, flat.clamp(0, 255).long())
+    return torch.where(colored[:, None], painted, flat).view_as(labels)
+
+
+def decode(painted, colors):
+    """How well every pixel fits the background and each color, summing to 1: (..., H, W), (C,) -> (..., C + 1, H, W).
+
+    Nearest color wins; the fit falls off within a third of the least distance between two colors, so that fits (unlike
+    grays) can be averaged over colorings and resized without an edge running through other classes' colors.
+    """
+    colors = torch.cat([torch.zeros(1), torch.as_tensor(np.asarray(colors), dtype=torch.float32)]).to(painted.device)
+    width = (colors.sort().values.diff().min() if len(colors) > 1 else torch.ones(())).clamp(min=1e-3).to(painted.device) / 3
+    distance = (painted[..., None, :, :] - colors[:, None, None]) / width
+    return torch.softmax(-distance ** 2, dim=-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prepared store: <store>/<dataset>/<case>/{image,label[,valid]}.npy + case.json, and <store>/<dataset>/dataset.json
+
+STORE_VERSION = 1
+MAX_SIDE = 512  # the training resolution before the crop; larger slices are reduced to it
+
+
+def default_store(data_root):
+    """Where the store of a data root goes when none is named: ./store/<folder name>-<hash of its path>."""
+    root = Path(data_root).resolve()
+    return Path("store") / f"{root.name}-{hashlib.sha1(str(root).encode()).hexdigest()[:8]}"
+
+
+def prepare_case(case, dataset):
+    """Read and preprocess one case: (arrays {name: (K, H, W)}, index). Images and image labels are uint16 over [0, 1]."""
+    pair = case.load()
+    cut = slicing(pair.image)
+    scale = intensity_range(pair.image, dataset.modality)
+    arrays = {"image": np.rint(to_unit(cut.cut(pair.image.array), scale) * 65535).astype(np.uint16)}
+    label = cut.cut(pair.label.array)
+    if dataset.colored:
+        arrays["label"] = np.ascontiguousarray(label, np.uint8)
+        label_scale = None
+    else:
+        label_scale = intensity_range(pair.label, dataset.modality)
+        arrays["label"] = np.rint(to_unit(label, label_scale) * 65535).astype(np.uint16)
+    if pair.valid is not None:
+        arrays["valid"] = np.ascontiguousarray(cut.cut(pair.valid), np.uint8)
+    K, H, W = arrays["image"].shape
+    size = (min(H, MAX_SIDE), min(W, MAX_SIDE))
+    if size != (H, W):
+        arrays = {k: shrink(v, size, smooth=v.dtype == np.uint16) for k, v in arrays.items()}
+    if dataset.colored:
+        classes = [np.unique(s)[np.unique(s) > 0].tolist() for s in arrays["label"]]
+        foreground = [k for k in range(K) if classes[k]]
+    else:  # image labels: slices that are not empty
+        classes = [[] for _ in range(K)]
+        foreground = [k for k in range(K) if (arrays["label"][k] > 0.02 * 65535).mean() > 0.01]
+    spacing = (cut.spacing[0], cut.spacing[1] * H / size[0], cut.spacing[2] * W / size[1])
+    return arrays, {"name": case.name, "patient": case.patient, "split": case.split, "version": STORE_VERSION, "slices": K,
+                    "size": list(size), "axis": cut.axis, "spacing": spacing, "scale": scale, "label_scale": label_scale,
+                    "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "sources": signature(case)}
+
+
+def shrink(stack, size, smooth):
+    """(K, H, W) -> (K, *size), slice by slice, in the same dtype"""
+    resize = resize_images if smooth else resize_labels
+    return np.stack([resize(torch.from_numpy(s.astype(np.float32)), size).round().numpy().astype(stack.dtype) for s in stack])
+
+
+def signature(case):
+    """What tells that a source changed: [name, bytes, time of change] of every file."""
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] if p.is_file() else [p.name, -1, 0] for p in case.files]
+
+
+def case_folder(root, case):
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in case.name)
+    return root / (safe if safe == case.name else f"{safe}-{hashlib.sha1(case.name.encode()).hexdigest()[:6]}")
+
+
+def write_case(case, dataset, folder):
+    """Prepare one case into its folder, whole or not at all."""
+    arrays, index = prepare_case(case, dataset)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(temporary / f"{name}.npy", array)
+    (temporary / "case.json").write_text(json.dumps(index))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def prepare(found, root, say=print):
+    """Write every case that the store lacks or whose source changed. Cases that cannot be read are named and left out.
+
+    Returns {dataset: [problem, ...]}.
+    """
+    from tqdm import tqdm
+    root, problems = Path(root), {}
+    for name, hit in found.items():
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {k: v for k, v in asdict(hit.dataset).items() if k != "reader"}
+        keep = set()
+        for case in tqdm(hit.cases, desc=f"preparing {name}", unit="case", disable=None, leave=False):
+            target = case_folder(folder, case)
+            keep.add(target.name)
+            try:
+                index = json.loads((target / "case.json").read_text())
+                fresh = index["version"] == STORE_VERSION and index["sources"] == signature(case) and index["split"] == case.split
+            except (OSError, ValueError, KeyError):
+                fresh = False
+            if not fresh:
+                try:
+                    write_case(case, hit.dataset, target)
+                except DataError as error:
+                    problems.setdefault(name, []).append(f"{case.name}: {error}")
+                    keep.discard(target.name)
+        write_json(folder / "dataset.json", {**about, "root": str(hit.root), "cases": sorted(keep)})
+    for name, lines in problems.items():
+        for line in lines:
+            say(f"left out of {name}: {line}")
+    return problems
+
+
+def write_json(path, value):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+@dataclass
+class StoredCase:
+    folder: Path
+    name: str
+    patient: str
+    split: str
+    slices: int
+    foreground: list
+    classes: list
+    index: dict = field(repr=False)
+
+    def read(self, k):
+        """Slice k: image (H, W) float32 in [0, 1], label (H, W) float32 (classes, or [0, 1]), valid (H, W) bool or None."""
+        image = np.load(self.folder / "image.npy", mmap_mode="r")[k].astype(np.float32) / 65535
+        label = np.load(self.folder / "label.npy", mmap_mode="r")[k]
+        label = label.astype(np.float32) / (65535 if label.dtype == np.uint16 else 1)
+        valid = np.load(self.folder / "valid.npy", mmap_mode="r")[k] > 0 if self.index["valid"] else None
+        return image, label, valid
+
+    def kept(self, slices="foreground"):
+        """Numbers of the slices that count: foreground | all."""
+        return self.foreground if slices == "foreground" else list(range(self.slices))
+
+
+class Store:
+    """The index of a prepared store. `datasets` {name: Dataset}, `cases` {name: [StoredCase]}.
+
+    Raises DataError for a folder that is no store, a newer store, and for names that are not in it.
+    """
+
+    def __init__(self, root, names=None):
+        self.root = Path(root)
+        there = {p.parent.name: p for p in sorted(self.root.glob("*/dataset.json"))}
+        if not there:
+            raise DataError(f"{self.root} is no prepared store: pass --data_root once to fill it")
+        check_names(names, there, self.root)
+        self.datasets, self.cases = {}, {}
+        for name in names or there:
+            about = readers.read_json(there[name])
+            cases = []
+            for case in about.pop("cases"):
+                index = readers.read_json(self.root / name / case / "case.json")
+                if index["version"] != STORE_VERSION:
+                    raise DataError(f"{self.root / name / case} has store version {index['version']}, this code reads "
+                                    f"{STORE_VERSION}: update the code, or name another --store")
+                cases.append(StoredCase(self.root / name / case, *(index[k] for k in
+                             ("name", "patient", "split", "slices", "foreground", "classes")), index))
+            about.pop("root")
+            self.datasets[name] = Dataset(**{**about, "labels": tuple(about["labels"]), "paper": tuple(about["paper"])})
+            self.cases[name] = cases
+
+    def split(self, name, split):
+        return [c for c in self.cases[name] if c.split == split]
+
+
+def open_store(data_root, store, names=None):
+    """Find, prepare and open in one call; without data_root the store is used as it is."""
+    if data_root is None and store is None:
+        raise DataError("no data: pass --data_root, the folder that holds the datasets, or --store, a prepared store")
+    if data_root is None:
+        return Store(store, names)
+    found = find(data_root, names)
+    root = Path(store or default_store(data_root))
+    prepare(found, root)
+    return Store(root, list(found))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: which objective, which dataset, which slices, which colors
+
+OBJECTIVE = 2 ** 31 - 1  # stands for "all samples of the step" in a generator's key
+
+
+def draw_step(seed, step, seg_share=0.5, mim_share=0.9, objective="hybrid", num_prompts=(1, 1)):
+    """What a whole step shares: (objective "mim" | "ar", prompt pairs, probability that a sample is segmentation).
+
+    Hybrid (section 4.1): segmentation always AR; the others MIM with probability mim_share, else AR; segmentation is
+    seg_share of all samples. A batch has one objective, so it is drawn first; the shares of samples follow (Bayes).
+    """
+    rng = np.random.default_rng([seed, step, OBJECTIVE])
+    p_mim = {"hybrid": (1 - seg_share) * mim_share, "ar": 0.0, "mim": 1.0}[objective]
+    mim = rng.random() < p_mim
+    prompts = int(rng.integers(num_prompts[0], num_prompts[1] + 1))
+    if objective != "hybrid":
+        return ("mim" if mim else "ar"), (1 if mim else prompts), seg_share
+    return ("mim", 1, 0.0) if mim else ("ar", prompts, seg_share / (1 - p_mim))
+
+
+def draw_hidden(rng, tokens, mask_ratio, hide_label=0.0):
+    """Which patches of the canvas are hidden, (4, N) bool: exactly round(4 N mask_ratio) of all four images' patches,
+    anywhere; with probability hide_label instead all of Y and nothing else, as at inference."""
+    hidden = np.zeros(4 * tokens, bool)
+    if rng.random() < hide_label:
+        hidden[3 * tokens:] = True
+    else:
+        hidden[rng.permutation(4 * tokens)[:round(4 * tokens * mask_ratio)]] = True
+    return hidden.reshape(4, tokens)
+
+
+class Episodes(torch.utils.data.Dataset):
+    """Training samples by number: `episodes[step, i]` is sample i of the global batch of a step, always the same one.
+
+    A sample (S = prompts + 1 pairs, the task pair last):
+        images, labels  (S, 1, H, W) float32; labels are classes where `colored`, else [0, 1]
+        valid           (S, 1, H, W) uint8
+        palette (256,) float32, colored (), first () bool: is the first label asked for too
+        hidden (4, N) bool for mim; drop (depth, 2) uniform numbers; dataset, case, slice () integers, for the log
+    """
+
+    def __init__(self, store, image_size, patch, depth, seed=0, num_prompts=(1, 1), objective="hybrid", seg_share=0.5,
+                 mim_share=0.9, mask_ratio=0.75, hide_label=0.1, coloring="random", first_term="auto",
+                 dataset_weights="equal", data_fraction=1.0, empty_slices=0.0):
+        self.store, self.image_size, self.patch, self.depth, self.seed = store, image_size, patch, depth, seed
+        self.num_prompts, self.objective, self.mim_share = num_prompts, objective, mim_share
+        self.mask_ratio, self.hide_label, self.coloring, self.first_term = mask_ratio, hide_label, coloring, first_term
+        self.empty_slices = empty_slices
+        self.names = sorted(store.datasets)
+        self.predefined = predefined_offsets(store.datasets.values())
+        self.cases, self.slices, self.excluded = {}, {}, []
+        for name in self.names:
+            cases = [c for c in store.split(name, "train") if c.foreground]
+            if data_fraction < 1 and cases:
+                order = np.random.default_rng(0).permutation(len(cases))
+                cases = [cases[i] for i in sorted(order[:max(1, round(data_fraction * len(cases)))])]
+            if cases:
+                self.cases[name] = cases
+                self.slices[name] = np.array([(i, k) for i, c in enumerate(cases) for k in c.foreground], np.int32)
+            else:
+                self.excluded.append(name)
+        colored = [n for n in self.cases if store.datasets[n].colored]
+        others = [n for n in self.cases if n not in colored]
+        if not self.cases:
+            raise DataError(f"{store.root} has no training slices with foreground: check the labels")
+        self.groups = {True: colored, False: others}
+        self.weights = {g: self._weights(names, dataset_weights) for g, names in self.groups.items()}
+        # A group that is not there leaves its share to the other.
+        self.seg_share = 1.0 if not others else 0.0 if not colored else seg_share
+
+    def _weights(self, names, rule):
+        size = np.array([len(self.slices[n]) if rule == "size" else 1.0 for n in names])
+        return size / size.sum() if len(names) else size
+
+    def __len__(self):
+        """Draws an epoch: the training slices."""
+        return sum(len(s) for s in self.slices.values())
+
+    def step(self, step):
+        return draw_step(self.seed, step, self.seg_share, self.mim_share, self.objective, self.num_prompts)
+
+    def __getitem__(self, key):
+        step, i = key
+        objective, prompts, p_seg = self.step(step)
+        rng = np.random.default_rng([self.seed, step, i])
+        group = bool(rng.random() < p_seg)
+        name = self.groups[group][rng.choice(len(self.groups[group]), p=self.weights[group])]
+        cases = self.cases[name]
+        at, k = (int(v) for v in self.slices[name][rng.integers(len(self.slices[name]))])
+        if self.empty_slices and rng.random() < self.empty_slices:
+            k = int(rng.integers(cases[at].slices))
+        chosen = [self.draw_prompt(cases, at, k, rng) for _ in range(prompts)] + [(cases[at], k)]
+        pairs = [self.crop(*case.read(k), group, rng) for case, k in chosen]
+        images, labels, valid = (torch.stack([p[j] for p in pairs])[:, None] for j in range(3))
+        shown = np.unique(labels[:-1].numpy()).astype(int) if group else []
+        palette = make_palette([c for c in shown if c], self.coloring, rng, name, self.predefined)
+        N = (self.image_size // self.patch) ** 2
+        sample = {"images": images, "labels": labels, "valid": valid, "palette": torch.from_numpy(palette),
+                  "colored": torch.tensor(group), "first": torch.tensor(self.first_term == "on" or self.first_term == "auto" and not group),
+                  "drop": torch.from_numpy(rng.random((self.depth, 2), dtype=np.float32)),
+                  "dataset": self.names.index(name), "case": at, "slice": k}
+        if objective == "mim":
+            sample["hidden"] = torch.from_numpy(draw_hidden(rng, N, self.mask_ratio, self.hide_label))
+        return sample
+
+    def draw_prompt(self, cases, at, k, rng, jitter=0.05):
+        """A training prompt for slice k of cases[at]: another patient, the slice with foreground nearest to the same
+        relative height (plus jitter, ours), among those that share a class if any does. Alone, a case prompts itself."""
+        target = cases[at]
+        others = [c for c in cases if c.patient != target.patient] or [c for c in cases if c is not target] or cases
+        case = others[rng.integers(len(others))]
+        height = (k + 0.5) / target.slices + rng.uniform(-jitter, jitter)
+        wanted = set(target.classes[k])
+        slices = [s for s in case.foreground if wanted & set(case.classes[s])] or case.foreground
+        if case is target and len(slices) > 1:
+            slices = [s for s in slices if s != k]
+            return case, int(slices[rng.integers(len(slices))])
+        return case, min(slices, key=lambda s: abs((s + 0.5) / case.slices - height))
+
+    def crop(self, image, label, valid, colored, rng):
+        """Resize to 512 x 512, crop 448 x 448 at random (paper; the ratio is kept at other sizes): three (H, W) tensors."""
+        size = self.image_size
+        full = round(size * 512 / 448)
+        y, x = rng.integers(0, full - size + 1, 2)
+        valid = np.ones(image.shape, np.uint8) if valid is None else valid.astype(np.uint8)
+        image, label, valid = torch.from_numpy(image), torch.from_numpy(label), torch.from_numpy(valid)
+        image = resize_images(image, (full, full))
+        label = resize_labels(label, (full, full)) if colored else resize_images(label, (full, full))
+        valid = resize_labels(valid, (full, full))
+        return tuple(t[y:y + size, x:x + size].contiguous() for t in (image, label, valid))
+
+
+class Steps:
+    """The batch sampler of one rank: for every step from `start` on, its share of the global batch."""
+
+    def __init__(self, start, stop, batch, rank=0, ranks=1):
+        self.start, self.stop, self.batch, self.rank, self.ranks = start, stop, batch, rank, ranks
+
+    def __len__(self):
+        return max(0, self.stop - self.start)
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            yield [(step, i) for i in range(self.rank * self.batch, (self.rank + 1) * self.batch)]
+
+
+def evaluation_prompt(cases, target, rng, slices="foreground"):
+    """The paper's prompt for a case (section 3.3): a random training case, of another patient. cases: the training cases."""
+    others = [c for c in cases if c.patient != target.patient and c.kept(slices)]
+    return others[rng.integers(len(others))]
+
+
+def matching_slice(k, count, prompt_count):
+    """The prompt slice for slice k of count: floor(k * N_TR / N_TE) (paper, section 3.3)."""
+    return k * prompt_count // count
+
+
+def command_line(main):
+    """Run a program's main; what a user can mend ends it with one line and exit status 2."""
+    import sys
+    try:
+        main()
+    except (DataError, ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("MVG_DEBUG"):
+            raise
+        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,341 @@
+"""Prompt a model with an image and its answer, and get the answer of a new image, on the new image's grid.
+
+    python infer.py --prompt a.nii --input b.nii
+
+finds the label of `a.nii` beside it (a_label, a_seg, a_gt, a-mask, labelsTr/a ...) or takes --prompt_label, a checkpoint
+(checkpoints/*.pt here, else the newest runs/*/last.pt, or --checkpoint), and writes `b_mvg.nii` (or --output): the input's
+shape, affine and header, with the prompt's label values, or in the units of the prompt's label image. Volumes (NIfTI,
+MetaImage, NRRD) and single pictures (PNG, JPEG, TIFF, written as PNG); segmentation and image-to-image.
+
+Slice n of the input is shown slice floor(n * N_prompt / N_input) of the prompt (paper, section 3.3). From Python:
+
+    label = infer.predict("runs/mvg/last.pt", [(image, label)], new_image)     # (H, W) arrays, images in [0, 1]
+
+Research software, not a medical device.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import mvg
+import readers
+from readers import DataError, shape_text
+
+MAX_CLASSES = 64  # a label of integers with more distinct values is an image
+BATCH = 16        # slices painted at once
+LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The answer, at model resolution
+
+def paint(model, prompt_images, prompt_labels, images, mode):
+    """Paint the labels of images (B, 1, s, s) from n prompts (n, 1, s, s), gray; a list of answers to be averaged.
+
+    mode ar: one answer from all prompts, or one a prompt where the model never saw so many; canvas: one a prompt.
+    """
+    images_device = next(model.parameters()).device
+    together = mode == "ar" and len(prompt_images) <= model.config.max_prompts
+    groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(prompt_images))]
+    answers = []
+    for group in groups:
+        px, py = prompt_images[group].to(images_device), prompt_labels[group].to(images_device)
+        cache = model.encode_prompts(px[None], py[None]) if mode == "ar" else None
+        parts = [model.predict(cache, x) if mode == "ar" else model.predict_canvas(px, py, x)
+                 for x in images.to(images_device).split(BATCH)]
+        answers.append(torch.cat(parts).cpu())
+    return answers
+
+
+def choose_mode(model, segmentation, mode="auto"):
+    """ar | canvas. auto: what the task was trained with; under the hybrid, ar for segmentation and canvas for images."""
+    if mode != "auto":
+        return mode
+    objective = model.meta.get("objective", "hybrid")
+    return {"ar": "ar", "mim": "canvas", "hybrid": "ar" if segmentation else "canvas"}[objective]
+
+
+def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", votes=1, seed=0, dataset=None):
+    """How well every pixel fits each class: images (B, 1, s, s) -> (B, C + 1, s, s), summing to 1, background first.
+
+    prompt_labels (n, 1, s, s) integers; classes: the C values that are asked for, all above 0.
+    votes: answers under so many colorings are averaged. dataset: whose colors a model trained on predefined ones uses.
+    """
+    mode, coloring = choose_mode(model, True, mode), model.meta.get("coloring", "random")
+    if coloring == "binary":  # one class against the rest, class by class
+        gray = [sum(paint(model, prompt_images, (prompt_labels == c).float(), images, mode)) / 1.0 for c in classes]
+        gray = torch.cat(gray, 1).clamp(0, 1)  # (B, C, s, s)
+        return torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)
+    rng, fit = np.random.default_rng(seed), 0
+    for vote in range(votes):
+        colors = data.spread_colors(len(classes))
+        if coloring == "predefined":
+            offsets, total = model.meta["predefined"]
+            if dataset in offsets:
+                colors = (offsets[dataset] + np.asarray(classes)) / total
+        elif vote:
+            colors = rng.permutation(colors) if len(classes) > 1 else colors * (1 - 0.6 * vote / votes)
+        painted = sum((prompt_labels == c).float() * v for c, v in zip(classes, colors.tolist()))
+        for answer in paint(model, prompt_images, painted, images, mode):
+            fit = fit + data.decode(answer[:, 0], colors)
+    return fit / fit.sum(1, keepdim=True)
+
+
+def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=1, seed=0, dataset=None, slices=None, progress=None):
+    """Answer every slice of a stack (K, H, W) float in [0, 1] -> (K, H, W): integers with the prompt's values, or floats.
+
+    prompts: list of (images, labels), each (K_p, H_p, W_p), label integers or floats in [0, 1]
+    slices: which slice of every prompt serves slice k, a list of K tuples; default floor(k * K_p / K), the paper's rule
+    """
+    side = (model.config.image_size,) * 2
+    K, H, W = stack.shape
+    slices = slices or [tuple(data.matching_slice(k, K, len(p[0])) for p in prompts) for k in range(K)]
+    groups = {}
+    for k, shown in enumerate(slices):
+        groups.setdefault(shown, []).append(k)
+    output = np.zeros(stack.shape, prompts[0][1].dtype if segmentation else np.float32)
+    for shown, members in groups.items():  # slices that share their prompt slices share one prompt cache
+        images = torch.cat([data.resize_images(torch.from_numpy(np.ascontiguousarray(p[0][s])).float()[None, None], side)
+                            for p, s in zip(prompts, shown)])
+        labels = [torch.from_numpy(np.ascontiguousarray(p[1][s]))[None, None] for p, s in zip(prompts, shown)]
+        for part in (members[i:i + BATCH] for i in range(0, len(members), BATCH)):
+            x = torch.from_numpy(np.ascontiguousarray(stack[part])).float()[:, None]
+            x = data.resize_images(x, side)
+            if segmentation:
+                classes = sorted({int(v) for label in labels for v in label.unique().tolist()} - {0})
+                if classes:
+                    small = torch.cat([data.resize_labels(label.float(), side).round() for label in labels]).long()
+                    fit = segment(model, images, small, x, classes, mode, votes, seed, dataset)
+                    best = data.resize_images(fit, (H, W)).argmax(1).numpy()
+                    output[part] = np.array([0, *classes], output.dtype)[best]
+            else:
+                small = torch.cat([data.resize_images(label.float(), side) for label in labels])
+                answers = paint(model, images, small, x, choose_mode(model, False, mode))
+                output[part] = data.resize_images(sum(answers) / len(answers), (H, W))[:, 0].clamp(0, 1).numpy()
+            if progress is not None:
+                progress.update(len(part))
+    return output
+
+
+def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=None):
+    """Answer one image.
+
+    model_or_path   an MVG, or a checkpoint's path
+    prompts         list of (image, label), (H, W) arrays; images in [0, 1]. Integer (or bool) labels mean segmentation:
+                    the answer holds their values. Float labels in [0, 1] mean an image. Sizes may differ.
+    image           (H, W) in [0, 1]
+    mode            auto | ar | canvas; votes: colorings averaged; device: for a path, see mvg.pick_device
+    Returns (H, W): the labels' integer type, or float32 in [0, 1]. Raises ValueError for arrays of another form.
+    """
+    if not prompts:
+        raise ValueError("no prompts: pass a list with at least one (image, label)")
+    image = _checked(image, "image")
+    pairs = [(_checked(x, f"image of prompt {i}"), np.asarray(y)) for i, (x, y) in enumerate(prompts)]
+    for i, (x, y) in enumerate(pairs):
+        if x.shape != y.shape:
+            raise ValueError(f"label of prompt {i} is {shape_text(y.shape)} but its image is {shape_text(x.shape)}: they must be equal")
+    kinds = {y.dtype.kind in "iub" for _, y in pairs}
+    if len(kinds) > 1:
+        raise ValueError("some prompt labels are integers and some floats: integers mean segmentation, floats an image")
+    segmentation = kinds.pop()
+    if segmentation:
+        pairs = [(x, y.astype(np.uint8) if y.dtype == bool else y) for x, y in pairs]
+        if min(int(y.min()) for _, y in pairs) < 0:
+            raise ValueError(f"a prompt label holds {min(int(y.min()) for _, y in pairs)}: classes start at 0, the background")
+        kind = np.result_type(*(y.dtype for _, y in pairs))
+        pairs = [(x, y.astype(kind)) for x, y in pairs]
+    else:
+        pairs = [(x, _checked(y, f"label of prompt {i}")) for i, (x, y) in enumerate(pairs)]
+    model = model_or_path
+    if not isinstance(model, mvg.MVG):
+        device = mvg.pick_device(device)[0]
+        model = mvg.load(model_or_path, device)
+    training = model.training
+    model.eval()
+    answer = predict_stack(model, [(x[None], y[None]) for x, y in pairs], image[None], segmentation, mode, votes, seed)[0]
+    model.train(training)
+    return answer
+
+
+def _checked(array, what):
+    """A (H, W) array in [0, 1] as float32."""
+    array = np.asarray(array)
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{what} is {shape_text(array.shape) or 'a number'}: pass one (H, W) slice")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all() or array.min() < -1e-3 or array.max() > 1 + 1e-3:
+        raise ValueError(f"{what} reaches from {array.min():.4g} to {array.max():.4g}: scale it to [0, 1] (data.to_unit)")
+    return array.clip(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def find_label(image):
+    """The label file that belongs to an image file, by the usual names. Raises DataError where there is none."""
+    image = Path(image)
+    name, folder = readers.stem(image), image.parent
+    base = name[:-5] if name.endswith("_0000") else name
+    places = [(folder, b + n) for b in dict.fromkeys((name, base)) for n in LABEL_NAMES]
+    twins = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesVa": "labelsVa", "imagesVal": "labelsVal", "images": "labels",
+             "image": "label", "img": "label"}
+    if folder.name in twins:
+        places += [(folder.parent / twins[folder.name], b) for b in dict.fromkeys((base, name))]
+    if folder.name == "images":
+        places += [(folder.parent / "masks", name)]
+    if name == "lgemri":
+        places.append((folder, "laendo"))
+    for place, label in places:
+        for kind in (readers.extension(image), *readers.EXTENSIONS):
+            if (place / (label + kind)).is_file():
+                return place / (label + kind)
+    raise DataError(f"{image}: no label beside it (looked for {name}_label, {name}_seg, {name}_gt, ...): pass --prompt_label")
+
+
+def find_checkpoint():
+    """The bundled checkpoint, else the newest run's. Raises DataError where there is none."""
+    bundled = sorted((Path(__file__).parent / "checkpoints").glob("*.pt"))
+    runs = sorted(Path("runs").glob("*/last.pt"), key=lambda p: p.stat().st_mtime)
+    if not bundled and not runs:
+        raise DataError("no checkpoint in checkpoints/ or runs/*/last.pt: train one (make demo), or pass --checkpoint")
+    return bundled[0] if bundled else runs[-1]
+
+
+def is_segmentation(label, task):
+    """Does a label volume hold classes? auto: integers with at most 64 distinct values do."""
+    if task != "auto":
+        return task == "seg"
+    array = label.array
+    if array.dtype.kind == "f" and np.abs(array - np.rint(array)).max() > 1e-3:
+        return False
+    return len(np.unique(array)) <= MAX_CLASSES and array.min() >= 0
+
+
+def write_like(path, array, like):
+    """Write (X, Y, Z) as the kind of file `path` says, on the grid and with the header of `like`: whole or not at all."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{readers.stem(path)}.", suffix=readers.extension(path))
+    os.close(handle)
+    try:
+        if like.kind == "nifti":
+            import nibabel
+            header = like.header.copy()
+            header.set_data_dtype(array.dtype)
+            header["cal_min"] = header["cal_max"] = 0
+            kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+            nibabel.save(kind(array, None, header), temporary)
+        elif like.kind == "itk":
+            import SimpleITK as sitk
+            image = sitk.GetImageFromArray(np.ascontiguousarray(array[..., 0].T if like.header.GetDimension() == 2 else array.T))
+            image.CopyInformation(like.header)
+            sitk.WriteImage(image, temporary, useCompression=True)
+        else:
+            from PIL import Image
+            Image.fromarray(np.ascontiguousarray(array[:, :, 0].T)).save(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp is private, an answer is not
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def output_path(given, source):
+    """Where the answer goes: --output, or <input>_mvg of the input's kind (pictures: PNG, MetaImage: .mha)."""
+    kind = readers.extension(source.path)
+    kind = ".png" if source.kind == "picture" else ".mha" if kind in (".mhd", ".mha") else ".nrrd" if kind in (".nrrd", ".nhdr") else kind
+    path = Path(given) if given else source.path.with_name(readers.stem(source.path) + "_mvg" + kind)
+    allowed = {"nifti": readers.NIFTI, "itk": (".mha", ".nrrd"), "picture": (".png", ".tif", ".tiff")}[source.kind]
+    if readers.extension(path) not in allowed:
+        raise DataError(f"--output {path} cannot hold the answer to {source.path.name}: end it in {' or '.join(allowed)}")
+    if not path.parent.is_dir():
+        raise DataError(f"--output {path}: there is no folder {path.parent}: make it first")
+    if path.exists() and path.resolve() == source.path.resolve():
+        raise DataError(f"--output {path} is the input itself: name another file")
+    return path
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--prompt", required=True, help="image of the example")
+    add("--prompt_label", help="its answer (default: found beside it)")
+    add("--input", required=True, help="image to answer")
+    add("--output", help="file to write (default: <input>_mvg of the same kind)")
+    add("--checkpoint", help="what train.py wrote (default: checkpoints/*.pt, else the newest runs/*/last.pt)")
+    add("--task", default="auto", choices=("auto", "seg", "image"), help=f"auto: a label of integers, at most {MAX_CLASSES} distinct ones, is a segmentation")
+    add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"), help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
+    add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
+    add("--votes", type=int, default=1, help="colorings whose answers are averaged (ours)")
+    add("--seed", type=int, default=0, help="of the votes")
+    add("--device", help="cpu, mps, cuda ... (default: the best there is)")
+    args = p.parse_args(argv)
+    if args.votes < 1:
+        raise DataError(f"--votes is {args.votes}: it must be at least 1")
+
+    # ---- read everything before anything is computed
+    prompt = readers.read_volume(args.prompt)
+    label = readers.read_volume(args.prompt_label or find_label(args.prompt))
+    source = readers.read_volume(args.input)
+    readers.check_fit(label, prompt)
+    output = output_path(args.output, source)
+    segmentation = is_segmentation(label, args.task)
+    if segmentation:
+        label.array = readers.integer_labels(label.array, label.path)
+    modalities = [data.guess_modality(v) if args.modality == "auto" else args.modality for v in (prompt, source)]
+    checkpoint = args.checkpoint or find_checkpoint()
+    device, reason = mvg.pick_device(args.device)
+    model = mvg.load(checkpoint, device)
+
+    # ---- one picture language for both
+    cuts = [data.slicing(v) for v in (prompt, source)]
+    images = data.to_unit(cuts[0].cut(prompt.array), data.intensity_range(prompt, modalities[0]))
+    stack = data.to_unit(cuts[1].cut(source.array), data.intensity_range(source, modalities[1]))
+    label_range = None if segmentation else data.intensity_range(label, modalities[0])
+    labels = cuts[0].cut(label.array) if segmentation else data.to_unit(cuts[0].cut(label.array), label_range)
+    if segmentation:
+        values, numbers = np.unique(labels, return_inverse=True)  # 0 stays 0, whatever the other values are
+        values = values if values[0] == 0 else np.array([0, *values])
+        labels = np.searchsorted(values, labels)
+    axes = [("sagittal", "coronal", "axial")[c.axis] for c in cuts]
+    print(f"checkpoint {checkpoint}; device {device} ({reason})")
+    print(f"task {'segmentation' if segmentation else 'image'}; prompt {modalities[0]}, {len(images)} {axes[0]} slices; "
+          f"input {modalities[1]}, {len(stack)} {axes[1]} slices; mode {choose_mode(model, segmentation, args.mode)}")
+    if modalities[0] != modalities[1]:
+        print(f"warning: the prompt looks like {modalities[0]} and the input like {modalities[1]}: pass --modality if that is wrong")
+    if axes[0] != axes[1]:
+        print(f"warning: the prompt has {axes[0]} slices and the input {axes[1]} ones")
+    if not segmentation and modalities[0] == "ct":
+        print("note: CT is seen through the window [-100, 200] HU, so the answer stays inside it")
+    slices = [(data.matching_slice(k, len(stack), len(images)),) for k in range(len(stack))]
+    if segmentation:
+        everywhere, matched = set(np.unique(labels)) - {0}, set(np.unique(labels[sorted({s for s, in slices})])) - {0}
+        if not everywhere:
+            raise DataError(f"{label.path} is empty: pass a prompt with at least one class")
+        print("classes shown: " + ", ".join(str(values[c]) for c in sorted(matched)))
+        if everywhere - matched:
+            print("warning: the prompt slices that match the input lack " + ", ".join(str(values[c]) for c in sorted(everywhere - matched)))
+
+    # ---- answer, back on the input's grid
+    with tqdm(total=len(stack), unit="slice", disable=None) as progress:
+        answer = predict_stack(model, [(images, labels)], stack, segmentation, args.mode, args.votes, args.seed, slices=slices, progress=progress)
+    if segmentation:
+        answer = values[answer].astype(np.uint8 if values.max() <= 255 else np.int32)
+    else:
+        answer = answer * (label_range[1] - label_range[0]) + label_range[0]
+        if source.kind == "picture":  # no floats in a PNG
+            kind = np.dtype(np.uint8 if label.eight_bit else np.uint16)
+            answer = np.rint(answer).clip(0, np.iinfo(kind).max).astype(kind)
+    write_like(output, np.ascontiguousarray(cuts[1].restore(answer)), source)
+    print(f"wrote {output} ({shape_text(source.array.shape)})")
+
+
+if __name__ == "__main__":
+    data.command_line(main)
