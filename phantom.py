@@ -9,8 +9,10 @@ How: one body in centimetres, x to the patient's left, y to the back, z up (LPS)
 tubes painted one over another; a dataset is a view of a body (slices, field of view, modality) and a way of saving it. CT
 of chest and abdomen, MR of the same, left atrium, prostate and chest X-ray all view one torso.
 
-    python phantom.py --out stand_ins                               # all sixteen: about 40 s on 2 cores, 40 MB
-    python phantom.py --out stand_ins --datasets acdc la --seed 1
+    python phantom.py --out stand_ins                               # all sixteen: about 35 s, 48 MB
+    python phantom.py --out stand_ins --datasets acdc la --seed 1   # some, other subjects
+
+Three more mirror sets at hand and are written when named: msd_hippocampus, Dataset801_NerveUltrasound, Dataset802_MsT1ToFlair.
 
 Volumes here are (z, y, x): a slice is a picture, rows front to back, columns patient's right to left. Lengths are cm unless
 a name says mm. Every random number comes from a generator keyed by (seed, dataset, case): no case depends on another.
@@ -31,35 +33,62 @@ from tqdm import tqdm
 
 # Traps of real downloads that the stand-ins hold, for tests to walk through. Missing labels: msd_lung, chest_xray, promise12.
 PLANTED = {
-    "amos_ct": ["ids have gaps and CT shares amos22/ with MR: modality by id (< 500)", "LAS, qform only (sform code 0)",
-                "label of amos_0013 is uint16, the others uint8", "dataset.json lists dicts, `test` too", "amos_0002 (imagesTs) has no label",
-                "__MACOSX/amos22/ beside the set, ._amos_0004.nii.gz inside imagesTr"],
-    "amos_mri": ["amos_0510 is stored L, S, P: the slice axis is the second, not the last", "amos_0508 is RAS among LAS", "qform only",
-                 "label of amos_0514 is uint16", "id 600 is a training case"],
-    "word": ["LPS, qform only", "label of word_0004 is uint16", "id gaps", "the folder is imagesVal, not imagesVa", "word_0014 (imagesTs) has no label",
-             "scribblesTr/word_0002.nii.gz looks like a label", "__MACOSX/ inside the set", "12 is both adrenals"],
-    "btcv": ["Abdomen/RawData/Training: nested", "img0001 pairs with label0001", "img0002 is uint16 with slope 0.5 and intercept -1024",
-             "img0005 has no gallbladder", "Testing/img/img0061 has no label", "._img0001.nii.gz", "ids 0011-0020 do not exist"],
-    "microsegnet": ["case numbers restart in test/", "spacing in the header is 1, 1, 1", "folder non_expert_annotations, file nonexpert_annotation",
-                    "three more readers' masks in test/", "pixels end at 254"],
-    "promise12": ["MHD + raw, signed int8 masks", "Case00 and Case02 in both splits", "test Case02 has no segmentation", "Case07 is tilted by 8 degrees",
-                  "Case13: endorectal coil", "id gaps", "end slices are empty"],
-    "brats_gli": ["Training folder nested in itself", "BraTS-GLI-00005-001 repeats a patient", "00005-000 and -001 lack label 3", "00003-000 t1n has minimum -3",
-                  "no seg in Validation", "stray csv and ._ file", "LPS"],
-    "brats_local": ["five files catch *t1n* and *mask*", "t1n-voided float32 and qform only, masks uint8 with both forms", "Validation: float32, voided and mask only",
-                    "BraTS-GLI-00005-001 repeats a patient", "the same patients as brats_gli"],
-    "ldct": ["SeriesDescription in several spellings", "file names not in slice order", "C001 (GE) has no low dose, yet shares the prefix", "Full Dose Projections in L004",
-             "two styles of date folder", "both doses have series number 1", "stored 0..4095 with intercept -1024"],
-    "chest_xray": ["Montgomery: left and right masks of 1 bit", "Kaggle: masks of 0/255, CHNCXR_*_mask.png", "CHNCXR_0025_0 and test/ have no mask",
-                   "mask of CHNCXR_0010_0 has half the size", "CHNCXR_0004_0 is RGB", "MCUCXR_0001_0 and 0002_0 lie in both folders", "sizes vary", "__MACOSX/ and ._ files"],
-    "acdc": ["_4d.nii.gz and _gt.nii.gz beside the frames", "patient003 has ED 4", "ES frame differs, see Info.cfg", "sform only", "empty slices at the tip", "id gaps"],
-    "la": ["NRRD masks of 0/255", "lawall.nrrd beside laendo.nrrd", "header spacing 1, 1, 1 in one case", "desktop.ini", "20-character ids", "empty end slices"],
-    "deeplesion": ["16-bit PNG, HU + 32768", "several lesions (rows) an image", "Possibly_noisy = 1 in three series", "boxes are 1-based", "a missing neighbour slice", "two far sub-volumes in one series",
-                   "Coarse_lesion_type -1 in training", "patient gaps", "an age NaN", "patient 4 has 192 x 192 images"],
-    "msd_liver": ["ids without padding, with gaps", "`test` is plain strings", "`relase` for release", "._ files", "RAS", "test case has no label"],
-    "msd_lung": ["lung_014 is listed in dataset.json, its label is missing", "ids padded to three", "LPS", "most slices are empty", "._ files"],
-    "msd_spleen": ["spleen_3: float32 image and label", "label of spleen_6 is uint16", "ids without padding, with gaps", "._ files"],
-    "msd_hippocampus": ["hippocampus_001: uint8 image", "hippocampus_003: float32 image and label", "every volume has its own size", "left and right sides mixed"],
+    "amos_ct": [
+        "ids have gaps and CT shares amos22/ with MR: modality by id (< 500)", "LAS, qform only (sform code 0)",
+        "label of amos_0013 is uint16, the others uint8", "dataset.json lists dicts, `test` too",
+        "amos_0002 (imagesTs) has no label", "__MACOSX/amos22/ beside the set, ._amos_0004.nii.gz inside imagesTr"],
+    "amos_mri": [
+        "amos_0510 is stored L, S, P: the slice axis is the second, not the last", "amos_0508 is RAS among LAS", "qform only",
+        "label of amos_0514 is uint16", "id 600 is a training case"],
+    "word": [
+        "LPS, qform only", "label of word_0004 is uint16", "id gaps", "the folder is imagesVal, not imagesVa",
+        "word_0014 (imagesTs) has no label", "scribblesTr/word_0002.nii.gz looks like a label", "__MACOSX/ inside the set",
+        "12 is both adrenals"],
+    "btcv": [
+        "Abdomen/RawData/Training: nested", "img0001 pairs with label0001",
+        "img0002 is uint16 with slope 0.5 and intercept -1024", "img0005 has no gallbladder",
+        "Testing/img/img0061 has no label", "._img0001.nii.gz", "ids 0011-0020 do not exist"],
+    "microsegnet": [
+        "case numbers restart in test/", "spacing in the header is 1, 1, 1",
+        "folder non_expert_annotations, file nonexpert_annotation", "three more readers' masks in test/", "pixels end at 254"],
+    "promise12": [
+        "MHD + raw, signed int8 masks", "Case00 and Case02 in both splits", "test Case02 has no segmentation",
+        "Case07 is tilted by 8 degrees", "Case13: endorectal coil", "id gaps", "end slices are empty"],
+    "brats_gli": [
+        "Training folder nested in itself", "BraTS-GLI-00005-001 repeats a patient", "00005-000 and -001 lack label 3",
+        "00003-000 t1n has minimum -3", "no seg in Validation", "stray csv and ._ file", "LPS"],
+    "brats_local": [
+        "five files catch *t1n* and *mask*", "t1n-voided float32 and qform only, masks uint8 with both forms",
+        "Validation: float32, voided and mask only", "BraTS-GLI-00005-001 repeats a patient", "the same patients as brats_gli"],
+    "ldct": [
+        "SeriesDescription in several spellings", "file names not in slice order",
+        "C001 (GE) has no low dose, yet shares the prefix", "Full Dose Projections in L004", "two styles of date folder",
+        "both doses have series number 1", "stored 0..4095 with intercept -1024"],
+    "chest_xray": [
+        "Montgomery: left and right masks of 1 bit", "Kaggle: masks of 0/255, CHNCXR_*_mask.png",
+        "CHNCXR_0025_0 and test/ have no mask", "mask of CHNCXR_0010_0 has half the size", "CHNCXR_0004_0 is RGB",
+        "MCUCXR_0001_0 and 0002_0 lie in both folders", "sizes vary", "__MACOSX/ and ._ files"],
+    "acdc": [
+        "_4d.nii.gz and _gt.nii.gz beside the frames", "patient003 has ED 4", "ES frame differs, see Info.cfg", "sform only",
+        "empty slices at the tip", "id gaps"],
+    "la": [
+        "NRRD masks of 0/255", "lawall.nrrd beside laendo.nrrd", "header spacing 1, 1, 1 in one case", "desktop.ini",
+        "20-character ids", "empty end slices"],
+    "deeplesion": [
+        "16-bit PNG, HU + 32768", "several lesions (rows) an image", "Possibly_noisy = 1 in three series", "boxes are 1-based",
+        "a missing neighbour slice", "two far sub-volumes in one series", "Coarse_lesion_type -1 in training", "patient gaps",
+        "an age NaN", "patient 4 has 192 x 192 images"],
+    "msd_liver": [
+        "ids without padding, with gaps", "`test` is plain strings", "`relase` for release", "._ files", "RAS",
+        "test case has no label"],
+    "msd_lung": [
+        "lung_014 is listed in dataset.json, its label is missing", "ids padded to three", "LPS", "most slices are empty",
+        "._ files"],
+    "msd_spleen": [
+        "spleen_3: float32 image and label", "label of spleen_6 is uint16", "ids without padding, with gaps", "._ files"],
+    "msd_hippocampus": [
+        "hippocampus_001: uint8 image", "hippocampus_003: float32 image and label", "every volume has its own size",
+        "left and right sides mixed"],
     "Dataset801_NerveUltrasound": ["some images are RGB", "sizes vary", "label names lack _0000", "id gaps"],
     "Dataset802_MsT1ToFlair": ['"labels": "image"', "values below 0", "LAS, qform only", "float32"]}
 
@@ -67,28 +96,31 @@ PLANTED = {
 # Tissues. A name's part after the dot is a detail that keeps its organ's label: kidney_r.sinus counts as kidney_r.
 
 TORSO = {  # name: (HU, gain in HU at full contrast, T1, T2 with bright fat, late gadolinium)
-    "skin": (20, 0, .5, .3, .4), "fat": (-105, 0, .85, .55, .55), "muscle": (50, 8, .4, .2, .35), "bone": (700, 0, .08, .06, .1),
-    "marrow": (230, 0, .6, .5, .45), "disc": (85, 0, .35, .6, .4), "cord": (35, 0, .35, .8, .4), "rib": (480, 0, .2, .2, .2),
-    "table": (-350, 0, 0, 0, 0), "lung": (-850, 0, .05, .06, .05), "lung.vessel": (-250, 200, .3, .2, .3),
-    "lung.tumour": (35, 20, .4, .55, .4), "airway": (-990, 0, 0, 0, 0), "vessel": (42, 150, .55, .15, .7), "heart": (-70, 0, .75, .65, .45),
-    "myocardium": (60, 45, .4, .35, .15), "lv": (42, 190, .55, .3, .72), "rv": (42, 190, .55, .3, .68), "ra": (42, 170, .55, .3, .7),
-    "la": (42, 190, .55, .3, .82), "pa": (42, 200, .5, .2, .72), "aorta": (42, 210, .6, .1, .75), "ivc": (42, 110, .55, .12, .65),
+    "skin": (20, 0, .5, .3, .4), "fat": (-105, 0, .85, .55, .55), "muscle": (50, 8, .4, .2, .35),
+    "bone": (700, 0, .08, .06, .1), "marrow": (230, 0, .6, .5, .45), "disc": (85, 0, .35, .6, .4), "cord": (35, 0, .35, .8, .4),
+    "rib": (480, 0, .2, .2, .2), "table": (-350, 0, 0, 0, 0), "lung": (-850, 0, .05, .06, .05),
+    "lung.vessel": (-250, 200, .3, .2, .3), "lung.tumour": (35, 20, .4, .55, .4), "airway": (-990, 0, 0, 0, 0),
+    "vessel": (42, 150, .55, .15, .7), "heart": (-70, 0, .75, .65, .45), "myocardium": (60, 45, .4, .35, .15),
+    "lv": (42, 190, .55, .3, .72), "rv": (42, 190, .55, .3, .68), "ra": (42, 170, .55, .3, .7), "la": (42, 190, .55, .3, .82),
+    "pa": (42, 200, .5, .2, .72), "aorta": (42, 210, .6, .1, .75), "ivc": (42, 110, .55, .12, .65),
     "portal": (42, 130, .58, .14, .6), "liver": (58, 50, .55, .35, .45), "liver.vessel": (45, 95, .65, .2, .5),
     "liver.tumour": (30, 25, .3, .62, .5), "gallbladder": (8, 0, .2, .95, .2), "spleen": (48, 70, .42, .6, .4),
     "spleen.vessel": (48, 85, .5, .5, .4), "kidney_r": (32, 130, .45, .65, .4), "kidney_r.sinus": (-60, 30, .75, .8, .6),
     "kidney_l": (32, 130, .45, .65, .4), "kidney_l.sinus": (-60, 30, .75, .8, .6), "kidney_l.tumour": (20, 40, .35, .6, .4),
-    "pancreas": (38, 55, .65, .45, .4), "esophagus": (35, 20, .4, .4, .4), "adrenal_r": (30, 45, .5, .4, .4), "adrenal_l": (30, 45, .5, .4, .4),
-    "duodenum": (28, 35, .45, .55, .4), "stomach": (25, 15, .3, .75, .3), "stomach.gas": (-950, 0, .02, .02, 0), "colon": (30, 20, .5, .45, .4),
-    "colon.gas": (-850, 0, .03, .03, 0), "bowel": (28, 35, .4, .6, .4), "rectum": (40, 20, .4, .35, .4), "rectum.gas": (-800, 0, .03, .03, 0),
-    "bladder": (8, 0, .2, 1, .2), "seminal": (25, 10, .4, .85, .4), "prostate": (42, 25, .42, .36, .4), "prostate.zone": (36, 20, .4, .88, .4),
-    "femur_r": (320, 0, .6, .5, .5), "femur_l": (320, 0, .6, .5, .5), "node": (35, 35, .4, .5, .4)}
+    "pancreas": (38, 55, .65, .45, .4), "esophagus": (35, 20, .4, .4, .4), "adrenal_r": (30, 45, .5, .4, .4),
+    "adrenal_l": (30, 45, .5, .4, .4), "duodenum": (28, 35, .45, .55, .4), "stomach": (25, 15, .3, .75, .3),
+    "stomach.gas": (-950, 0, .02, .02, 0), "colon": (30, 20, .5, .45, .4), "colon.gas": (-850, 0, .03, .03, 0),
+    "bowel": (28, 35, .4, .6, .4), "rectum": (40, 20, .4, .35, .4), "rectum.gas": (-800, 0, .03, .03, 0),
+    "bladder": (8, 0, .2, 1, .2), "seminal": (25, 10, .4, .85, .4), "prostate": (42, 25, .42, .36, .4),
+    "prostate.zone": (36, 20, .4, .88, .4), "femur_r": (320, 0, .6, .5, .5), "femur_l": (320, 0, .6, .5, .5),
+    "node": (35, 35, .4, .5, .4)}
 BRAIN = {  # name: (HU, t1n, t1c, t2w, t2f)
-    "scalp": (-20, .8, .8, .6, .5), "skull": (1000, .05, .05, .05, .05), "csf": (6, .14, .14, 1, .12), "gray": (39, .5, .5, .62, .62),
-    "white": (30, .72, .72, .45, .47), "deep": (37, .57, .58, .52, .57), "edema": (22, .48, .48, .85, 1), "core": (14, .25, .22, .9, .5),
-    "enhancing": (45, .45, 1, .72, .85), "plaque": (24, .42, .45, .85, 1), "hippocampus.front": (38, .47, .48, .62, .65),
-    "hippocampus.back": (38, .5, .5, .62, .65)}
-CINE = {"lung": (.06,), "fat": (.65,), "muscle": (.3,), "bone": (.12,), "heart": (.6,), "wall": (.35,), "rv": (.9,), "lv": (.95,),    # bSSFP
-        "myo": (.32,), "lv.papillary": (.38,), "liver": (.42,), "aorta": (.9,), "stomach": (.5,), "stomach.gas": (.03,)}
+    "scalp": (-20, .8, .8, .6, .5), "skull": (1000, .05, .05, .05, .05), "csf": (6, .14, .14, 1, .12),
+    "gray": (39, .5, .5, .62, .62), "white": (30, .72, .72, .45, .47), "deep": (37, .57, .58, .52, .57),
+    "edema": (22, .48, .48, .85, 1), "core": (14, .25, .22, .9, .5), "enhancing": (45, .45, 1, .72, .85),
+    "plaque": (24, .42, .45, .85, 1), "hippocampus.front": (38, .47, .48, .62, .65), "hippocampus.back": (38, .5, .5, .62, .65)}
+CINE = {"lung": (.06,), "fat": (.65,), "muscle": (.3,), "bone": (.12,), "heart": (.6,), "wall": (.35,), "rv": (.9,),     # bSSFP
+        "lv": (.95,), "myo": (.32,), "lv.papillary": (.38,), "liver": (.42,), "aorta": (.9,), "stomach": (.5,), "stomach.gas": (.03,)}
 NAMES = ["air", *dict.fromkeys([*TORSO, *BRAIN, *CINE])]
 CODE = {name: code for code, name in enumerate(NAMES)}
 
@@ -136,7 +168,8 @@ class Scene:
 
     def __init__(self, rng, z, size, fov, shift=2.5, zoom=(.85, 1.1), turn=18., bend=.6, jitter=.4, rough=.1, grain=1.6):
         rows, columns = (size, size) if np.isscalar(size) else size
-        pixel, scale, angle, (du, dv) = fov / columns, rng.uniform(*zoom), np.deg2rad(rng.uniform(-turn, turn)), rng.uniform(-shift, shift, 2)
+        pixel, scale, angle = fov / columns, rng.uniform(*zoom), np.deg2rad(rng.uniform(-turn, turn))
+        du, dv = rng.uniform(-shift, shift, 2)
         u = (np.arange(columns) - (columns - 1) / 2)[None, None] * pixel - du
         v = (np.arange(rows) - (rows - 1) / 2)[None, :, None] * pixel - dv
         self.rng, self.jitter, self.rough, self.margin, self.free = rng, jitter, rough, 4 * bend, None
@@ -191,12 +224,13 @@ class Scene:
                 self.tissue[box][(level < 1 - .45 / core) & inside] = CODE["marrow"]
 
     def lesions(self, organ, name, count, radius):
-        """Paint `count` balls of `radius` = (low, high) cm inside `organ`, never outside it, where it is present."""
+        """Paint `count` balls of `radius` = (low, high) cm inside `organ`, never outside it, where it is present; -> self."""
         self.free = labels(self.tissue, {organ: 1}) > 0
         for k, i, j in self.rng.permutation(np.argwhere(self.free))[:count]:
             size = self.rng.uniform(*radius) * np.exp(self.rng.normal(0, .2, 3))
             self.paint((name, (self.x[k, i, j], self.y[k, i, j], self.z[k, 0, 0]), np.maximum(size, (0, 0, .06 * self.spacing[2]))))
         self.free = None
+        return self
 
 
 def both(name, where, size, turn=0, sides=("", "")):
@@ -210,49 +244,58 @@ def both(name, where, size, turn=0, sides=("", "")):
 
 SIDES = ("_r", "_l")
 SKELETON = [
-    *both("muscle", [(3.6, 4.6, 26), (4.4, 4.6, 14), (7, -1.5, 4), (9, -2, -3)], 1.8), *both("muscle", (3.9, 9, 30), (3.2, 1.9, 30)),
-    *both("bone", (9.3, 2.3, 11), (6.6, .95, 6.5), 120), ("bone", (0, 7.8, 3.5), (4.8, 1.9, 6)), *both("bone", (8.6, .5, 1.6), (3.4, 3.7, 3.6)),
-    *both("bone", [(9.5, .5, 1), (13, 1.5, -1)], 1.4), *both("bone", (13, 2, -3), (2.1, 2.4, 3.5)), *both("bone", [(7, 3, 0), (6.3, 4.5, -6)], 1.4),
-    *both("bone", [(7, -2, .5), (4, -5, -.5), (.7, -5.9, -2)], 1.), *both("femur", (9.5, .4, 1.3), (2.4, 2.4, 2.4), 0, SIDES),
-    *both("bone", (11, 7.3, 49), (4.3, .6, 6.5), -25), *both("bone", [(1.6, -7, 54.5), (8, -6, 57), (15, -1, 57)], .75),
-    *both("bone", (16, .5, 56), (2.4, 2.4, 2.6))]
+    *both("muscle", [(3.6, 4.6, 26), (4.4, 4.6, 14), (7, -1.5, 4), (9, -2, -3)], 1.8),
+    *both("muscle", (3.9, 9, 30), (3.2, 1.9, 30)), *both("bone", (9.3, 2.3, 11), (6.6, .95, 6.5), 120),
+    ("bone", (0, 7.8, 3.5), (4.8, 1.9, 6)), *both("bone", (8.6, .5, 1.6), (3.4, 3.7, 3.6)),
+    *both("bone", [(9.5, .5, 1), (13, 1.5, -1)], 1.4), *both("bone", (13, 2, -3), (2.1, 2.4, 3.5)),
+    *both("bone", [(7, 3, 0), (6.3, 4.5, -6)], 1.4), *both("bone", [(7, -2, .5), (4, -5, -.5), (.7, -5.9, -2)], 1.),
+    *both("femur", (9.5, .4, 1.3), (2.4, 2.4, 2.4), 0, SIDES), *both("bone", (11, 7.3, 49), (4.3, .6, 6.5), -25),
+    *both("bone", [(1.6, -7, 54.5), (8, -6, 57), (15, -1, 57)], .75), *both("bone", (16, .5, 56), (2.4, 2.4, 2.6))]
 HIPS = [side for row in (
-    ((8, 7.6, 1), (5.4, 2.2, 8), 28), ((13, 2.8, 7), (5.8, 1.9, 6), 112), ((9.2, -.5, 9), (4.4, 1.5, 6), 120), ((10.5, -6.3, -1), (2.7, 1.9, 7), 15),
-    ((14.3, -3, -1), (1.5, 2.6, 6), -20), ((6, -5.8, -5), (2.8, 2.4, 4)), ((5.8, -1, -3.2), (3, 1.6, 1.8), 20), ((10.5, 4.6, -2), (3.2, 1.6, 4), 10),
-    ((4, 9.6, 12), (3.4, 1.6, 8))) for side in both("muscle", *row)]
+    ((8, 7.6, 1), (5.4, 2.2, 8), 28), ((13, 2.8, 7), (5.8, 1.9, 6), 112), ((9.2, -.5, 9), (4.4, 1.5, 6), 120),
+    ((10.5, -6.3, -1), (2.7, 1.9, 7), 15), ((14.3, -3, -1), (1.5, 2.6, 6), -20), ((6, -5.8, -5), (2.8, 2.4, 4)),
+    ((5.8, -1, -3.2), (3, 1.6, 1.8), 20), ((10.5, 4.6, -2), (3.2, 1.6, 4), 10), ((4, 9.6, 12), (3.4, 1.6, 8)))
+    for side in both("muscle", *row)]
 PELVIS = [
-    ("rectum", [(0, 6, -5), (0, 4.6, 0), (0, 5.2, 5), (.5, 6, 9)], 1.8), ("rectum.gas", [(0, 5.2, -5), (0, 4.2, 0), (0, 4.8, 5), (.5, 5.6, 9)], .9),
-    *both("muscle", (5.3, .5, -.5), (1.1, 4, 3.8)), *both("muscle", (2.6, 3, -4), (.6, 3, 3), -20), ("bladder", (0, -3.2, 3.8), (4.2, 3, 3.2)),
-    *both("seminal", (2, 1.2, 1.8), (2, .8, .8), -15), ("prostate.zone", (0, 0, -1), (3, 2.3, 2.8)), ("prostate", (0, -.8, -.8), (2.1, 1.6, 2.3))]
+    ("rectum", [(0, 6, -5), (0, 4.6, 0), (0, 5.2, 5), (.5, 6, 9)], 1.8),
+    ("rectum.gas", [(0, 5.2, -5), (0, 4.2, 0), (0, 4.8, 5), (.5, 5.6, 9)], .9), *both("muscle", (5.3, .5, -.5), (1.1, 4, 3.8)),
+    *both("muscle", (2.6, 3, -4), (.6, 3, 3), -20), ("bladder", (0, -3.2, 3.8), (4.2, 3, 3.2)),
+    *both("seminal", (2, 1.2, 1.8), (2, .8, .8), -15), ("prostate.zone", (0, 0, -1), (3, 2.3, 2.8)),
+    ("prostate", (0, -.8, -.8), (2.1, 1.6, 2.3))]
 ABDOMEN = [
     ("colon", [(-11.3, 1.5, 6), (-11.3, 2, 20)], 2.2), ("colon", [(11.5, 1.5, 24), (11.6, 3, 8)], 1.6),
     ("colon", [(-11, -1, 20), (-6, -7, 18), (0, -8, 16), (7, -7, 19), (10.5, -1, 24)], 1.9),
-    ("colon", [(11.5, 1, 8), (7, -3, 6), (2, -1, 9), (0, 5.5, 9)], 1.5),
-    ("stomach", (6.5, .8, 32), (4.2, 4.3, 4.3)), ("stomach", [(8, -1, 31), (7.3, -5, 27), (3, -7, 23.5), (-2, -5.5, 23)], 2.6),
-    ("spleen", (10.2, 4.2, 28.5), (5.3, 3.1, 5.5), 119), ("liver", (-7.5, .5, 28.5), (8.3, 8.6, 9.5)), ("liver", (0, -5.5, 30.5), (8, 4, 4)),
-    *both("kidney", (6.2, 4.9, 21.3), (2.9, 2.6, 5.4), 35, SIDES), *both("adrenal", [(2.9, 2.8, 28.8), (4.4, 4.8, 27)], .55, 0, SIDES),
+    ("colon", [(11.5, 1, 8), (7, -3, 6), (2, -1, 9), (0, 5.5, 9)], 1.5), ("stomach", (6.5, .8, 32), (4.2, 4.3, 4.3)),
+    ("stomach", [(8, -1, 31), (7.3, -5, 27), (3, -7, 23.5), (-2, -5.5, 23)], 2.6),
+    ("spleen", (10.2, 4.2, 28.5), (5.3, 3.1, 5.5), 119), ("liver", (-7.5, .5, 28.5), (8.3, 8.6, 9.5)),
+    ("liver", (0, -5.5, 30.5), (8, 4, 4)), *both("kidney", (6.2, 4.9, 21.3), (2.9, 2.6, 5.4), 35, SIDES),
+    *both("adrenal", [(2.9, 2.8, 28.8), (4.4, 4.8, 27)], .55, 0, SIDES),
     ("duodenum", [(-2, -4, 23.5), (-5, -2.5, 23), (-5.2, 0, 20), (-3, 1.2, 17.5), (2, .3, 18.5)], 1.25),
     ("pancreas", [(-3, -1.2, 20.5), (-2.6, -1.8, 22.5), (0, -2.8, 24), (4, -.6, 25.5), (8.8, 2.2, 27)], 1.35),
     ("portal", [(8.5, 1.2, 26.2), (2, -1, 24.8), (-1.5, -.8, 23.5), (-4, -1.5, 28), (-7, -2.5, 29)], .75),
     ("gallbladder", (-5.6, -4.6, 22.3), (1.8, 2.5, 3))]
 CHEST = [
-    ("heart", (2, -3, 39.5), (7, 6.6, 7)), ("myocardium", (4.6, -3, 38.5), (4.2, 3.7, 4.6), -40), ("rv", (-.2, -6, 38.5), (4.2, 2.1, 4.3), -15),
-    ("ra", (-3.6, -2.6, 40), (2.4, 3, 3.6)), ("lv", (4.4, -2.8, 38.7), (3, 2.3, 3.6), -40),
-    ("pa", [(1, -5, 43), (1.6, -2.6, 46.5), (-4.5, 1, 47.5)], 1.3), ("pa", [(1.6, -2.6, 46.5), (5.5, 1, 48)], 1.2),
-    ("la", (.6, .3, 42), (4.3, 2.6, 3.6)), ("la", (4.4, -.8, 43.5), (1.8, 1, 1.3), -60),
-    *both("la", [(2.5, 1, 43), (5, 1.6, 43.6), (8, 2.6, 44)], .85), *both("la", [(2.5, 1.6, 41), (5.5, 3, 40.6), (8, 4.2, 40)], .85)]
+    ("heart", (2, -3, 39.5), (7, 6.6, 7)), ("myocardium", (4.6, -3, 38.5), (4.2, 3.7, 4.6), -40),
+    ("rv", (-.2, -6, 38.5), (4.2, 2.1, 4.3), -15), ("ra", (-3.6, -2.6, 40), (2.4, 3, 3.6)),
+    ("lv", (4.4, -2.8, 38.7), (3, 2.3, 3.6), -40), ("pa", [(1, -5, 43), (1.6, -2.6, 46.5), (-4.5, 1, 47.5)], 1.3),
+    ("pa", [(1.6, -2.6, 46.5), (5.5, 1, 48)], 1.2), ("la", (.6, .3, 42), (4.3, 2.6, 3.6)),
+    ("la", (4.4, -.8, 43.5), (1.8, 1, 1.3), -60), *both("la", [(2.5, 1, 43), (5, 1.6, 43.6), (8, 2.6, 44)], .85),
+    *both("la", [(2.5, 1.6, 41), (5.5, 3, 40.6), (8, 4.2, 40)], .85)]
 PIPES = [
     ("ivc", [(-2, 2, 12), (-2.4, 2, 24), (-3, .8, 33), (-3, -.6, 38)], 1.25), ("vessel", [(-3.4, -2, 42), (-3, -1.5, 55)], 1.),
-    *both("vessel", [(.9, 2.3, 14), (3.5, 2.6, 10), (6.5, -2, 3), (7, -5, -4)], .75), ("airway", [(0, 1, 63), (.2, 2, 49.5)], .9),
-    *both("airway", [(.2, 2, 49.5), (5, 2.6, 46)], .65), ("esophagus", [(.3, 3.2, 61), (.6, 3.9, 46), (1.5, 2.8, 36), (3.5, 1.6, 33)], .85),
-    ("aorta", [(-.8, -2.4, 41.5), (-1.8, -2.8, 49), (0, -.2, 52.3), (2.3, 3.6, 50.5), (2.6, 4.2, 48), (2.3, 4.2, 36), (.9, 2.6, 26), (.7, 2.2, 14)], 1.25)]
+    *both("vessel", [(.9, 2.3, 14), (3.5, 2.6, 10), (6.5, -2, 3), (7, -5, -4)], .75),
+    ("airway", [(0, 1, 63), (.2, 2, 49.5)], .9), *both("airway", [(.2, 2, 49.5), (5, 2.6, 46)], .65),
+    ("esophagus", [(.3, 3.2, 61), (.6, 3.9, 46), (1.5, 2.8, 36), (3.5, 1.6, 33)], .85),
+    ("aorta", [(-.8, -2.4, 41.5), (-1.8, -2.8, 49), (0, -.2, 52.3), (2.3, 3.6, 50.5), (2.6, 4.2, 48), (2.3, 4.2, 36), (.9, 2.6, 26),
+               (.7, 2.2, 14)], 1.25)]
 
 
 def torso(s):
     """Paint the trunk from hips to neck into a scene: wall, skeleton, lungs above the diaphragm, organs below it, vessels."""
     x, y, z = s.x, s.y, s.z
     at = lambda heights, values: np.interp(z, heights, values).astype(np.float32)
-    a, b = at((-8, 2, 16, 40, 50, 57, 60, 62), (17.5, 18, 15.3, 16.5, 17.5, 18.5, 10, 7)), at((-8, 2, 16, 40, 50, 56, 62), (11, 11.5, 10.5, 11.8, 11.3, 9, 7))
+    a = at((-8, 2, 16, 40, 50, 57, 60, 62), (17.5, 18, 15.3, 16.5, 17.5, 18.5, 10, 7))                # half width, half depth
+    b = at((-8, 2, 16, 40, 50, 56, 62), (11, 11.5, 10.5, 11.8, 11.3, 9, 7))
     u, v = (x / a) ** 2, (y / b) ** 2
     depth = (1 - .5 * (np.sqrt(u + v) + np.sqrt(np.sqrt(u * u + v * v)))) * (a + b) / 2               # cm under the skin, about
     fat = s.rng.uniform(.7, 2.2) * (1 + .25 * s.grain[0] * (z < 20) - .3 * (z > 44))
@@ -264,7 +307,8 @@ def torso(s):
     s.free = (depth > fat) & (z < 12)
     s.paint(*HIPS)
     s.free = None
-    cavity = (depth > wall) & ((x / at((-3, 3, 15), (4.3, 6.3, 17))) ** 2 + ((y + .5) / at((-3, 3, 15), (5, 6.8, 14))) ** 2 < 1) & (z < 57.5)
+    funnel = np.hypot(x / at((-3, 3, 15), (4.3, 6.3, 17)), (y + .5) / at((-3, 3, 15), (5, 6.8, 14)))   # the pelvis narrows
+    cavity = (depth > wall) & (funnel < 1) & (z < 57.5)
     s.fill("fat", cavity)
     shell = (depth > wall - .9) & (depth < wall) & (z > 22)
     along = (z + .55 * (6 - y) - .1 * np.abs(x)) % 3.2 / 3.2                                          # ribs slope down to the front
@@ -280,13 +324,14 @@ def torso(s):
     s.fill("cord", spine & (canal < .95))
     cavity &= ~s.is_("bone", "marrow", "disc", "cord", "muscle")
     chest = cavity & (z > 36.5 - .1 * ((np.abs(x) - 7.5) ** 2 + (y + 1) ** 2) - (x > 0))              # above two domes
-    s.fill("lung", chest & (np.abs(x + .3 * s.grain[0]) > at((36, 48, 55), (2.2, 2.4, 2.8)) * (.45 + .6 * np.exp(-((y - 1) / 4.5) ** 2))))
+    between = at((36, 48, 55), (2.2, 2.4, 2.8)) * (.45 + .6 * np.exp(-((y - 1) / 4.5) ** 2))          # half width of the mediastinum
+    s.fill("lung", chest & (np.abs(x + .3 * s.grain[0]) > between))
     s.fill("lung.vessel", s.is_("lung") & (np.abs(s.grain[0]) < .16) & (np.abs(s.grain[1]) < .5))
     s.free = chest
     s.paint(*CHEST)
     s.free = cavity & ~chest
     loops = np.cos(np.pi * (x / 3 + .45 * s.grain[0])) * np.cos(np.pi * (y / 3 + .45 * s.grain[1]))
-    s.fill("bowel", s.free & (z > 4) & (z < 21) & (np.hypot(x / 10, (y + 2) / 7) < 1) & (np.abs(loops) > .22))
+    s.fill("bowel", s.free & (z > 4) & (z < 21) & (np.hypot(x / 10, (y + 2) / 7) < 1) & (np.abs(loops) > .12))
     s.paint(*ABDOMEN)
     for side, sign in zip(SIDES, (-1, 1)):
         s.fill(f"kidney{side}.sinus", s.is_(f"kidney{side}") & (np.hypot(x - 5.1 * sign, y - 4) < 1.5) & (np.abs(z - 21.3) < 3))
@@ -319,8 +364,9 @@ def brain(s, tumour=False, enhancing=True, plaques=0, head=False):
     s.fill("csf", (level < 1) & (np.abs(x + .1 * s.grain[1]) < .16) & (np.abs(y) > 3.4) & (z > -2))   # between the halves
     s.free = level < 1
     s.paint(*both("deep", (1.6, -1.6, 2.2), (.75, 2.2, 1.8), -20), *both("deep", (1.3, 1.2, 1.3), (1.1, 1.6, 1.3), 20),
-            *both("deep", (2.9, -.3, 1), (.85, 2.1, 1.5), 12), *both("csf", [(.9, -3.4, 2.6), (.8, -1, 3.4), (1.2, 1.6, 3.2), (2.3, 3.8, 1.6)], .62),
-            *both("csf", [(2.3, 3.8, 1.6), (3, 2, -1)], .5), ("csf", (0, .8, .8), (.28, 1.5, 1.2)))
+            *both("deep", (2.9, -.3, 1), (.85, 2.1, 1.5), 12), ("csf", (0, .8, .8), (.28, 1.5, 1.2)),
+            *both("csf", [(.9, -3.4, 2.6), (.8, -1, 3.4), (1.2, 1.6, 3.2), (2.3, 3.8, 1.6)], .62),
+            *both("csf", [(2.3, 3.8, 1.6), (3, 2, -1)], .5))
     s.free = (level < 1) & (z < -2)                                                                   # cerebellum, brain stem
     s.paint(*both("csf", (2.5, 4.4, -3.9), (3.7, 3.4, 2.9)), *both("gray", (2.5, 4.6, -3.9), (3.1, 2.7, 2.4)),
             *both("white", (2.3, 4.4, -3.9), (1.7, 1.3, 1.7)), ("white", (0, 1.7, -4), (1.5, 1.4, 3.5)))
@@ -338,15 +384,16 @@ def brain(s, tumour=False, enhancing=True, plaques=0, head=False):
 
 
 def heart(s, squeeze=0.):
-    """Paint a heart in short axis with the chest around it, z 0 at the tip, 7 at the base; squeeze: 0 filled (ED), 1 contracted (ES)."""
+    """Paint a heart in short axis and the chest around it, z 0 at the tip, 7 at the base; squeeze: 0 filled (ED) .. 1 (ES)."""
     s.paint(("fat", (0, 3, 4), (15, 12.6, 99)), ("muscle", (0, 3, 4), (13.6, 11.2, 99)), ("lung", (0, 3, 4), (12.4, 10, 99)))
     s.fill("bone", s.is_("muscle") & ((np.arctan2(s.y - 3, s.x) * 3.5 + .4 * s.z) % 1.6 < .6))        # ribs, cut across
     s.paint(("muscle", (2.5, 12, 4), (6, 3.2, 99)), ("bone", (3, 10.8, 4), (2.1, 1.9, 99)), ("aorta", (5.2, 8.4, 4), (1.2, 1.2, 99)),
-            ("liver", (-6.5, 9, 1.5), (8.5, 5.5, 3.6)), ("stomach", (8, 9, .5), (4, 3.5, 3)), ("stomach.gas", (8.4, 8, .5), (2.5, 2, 2.4)),
-            ("fat", (-3, -6.5, 4), (5.5, 2.4, 99)))
-    s.jitter, w, r = .35 * s.jitter, 2.3 - .7 * squeeze, 1 - .18 * squeeze
-    s.paint(("heart", (-.6, .2, 3.4), (6.3, 5, 6.4), 20), ("wall", (-2.5, -.9, 4.2), (4 * r, 3.3 * r, 5.2), 25), ("rv", (-2.5, -.9, 4.3), (3.6 * r, 2.9 * r, 4.8), 25),
-            ("myo", (.8, .5, 4.4), (3.3 - .15 * squeeze, 3.3 - .15 * squeeze, 5)), ("lv", (.8, .5, 4.7), (w, w, 4.2)))
+            ("liver", (-6.5, 9, 1.5), (8.5, 5.5, 3.6)), ("stomach", (8, 9, .5), (4, 3.5, 3)),
+            ("stomach.gas", (8.4, 8, .5), (2.5, 2, 2.4)), ("fat", (-3, -6.5, 4), (5.5, 2.4, 99)))
+    s.jitter, w, r, m = .35 * s.jitter, 2.3 - .7 * squeeze, 1 - .18 * squeeze, 3.3 - .15 * squeeze
+    s.paint(("heart", (-.6, .2, 3.4), (6.3, 5, 6.4), 20), ("wall", (-2.5, -.9, 4.2), (4 * r, 3.3 * r, 5.2), 25),
+            ("rv", (-2.5, -.9, 4.3), (3.6 * r, 2.9 * r, 4.8), 25), ("myo", (.8, .5, 4.4), (m, m, 5)),
+            ("lv", (.8, .5, 4.7), (w, w, 4.2)))
     s.free = s.is_("lv")
     s.paint(("lv.papillary", (-.3, 1.6, 3.5), (.55, .5, 2)), ("lv.papillary", (1.9, 1.5, 3.5), (.5, .55, 2)))
     return s
@@ -404,9 +451,9 @@ def micro_ultrasound(rng, frames=12, rows=160, columns=224):
         du, dv = (du * np.cos(turn) + dv * np.sin(turn)) / a, (dv * np.cos(turn) - du * np.sin(turn)) / b
         level = np.hypot(du, dv) / np.sqrt(1.05 - at ** 2) + .09 * lump
         echo = .5 * np.exp(.35 * lump) * (1 + .3 * np.sin(45 * (v - foot) + 2 * lump) ** 8)
-        for where, value in ((level < 1.12, 1.5), (level < 1, .33), ((np.hypot(du, dv + .25) < .55) & (level < .95), .17),   # capsule, gland, inner
-                             ((np.hypot(a * du, b * (dv + .2)) < .02) & (level < .9), .03)):                                 # and urethra
-            echo[where] = value
+        inner, urethra = np.hypot(du, dv + .25) < .55, np.hypot(a * du, b * (dv + .2)) < .02
+        for where, value in ((level < 1.12, 1.5), (level < 1, .33), (inner & (level < .95), .17), (urethra & (level < .9), .03)):
+            echo[where] = value                                                                       # capsule, gland, its parts
         images.append(speckle(rng, echo * np.exp(-1.3 * (r - near)) + 2 * np.exp(-((r - near) / .02) ** 2)) * fan)
         masks.append((level < 1) & fan)
     return (254 * np.array(images)).astype(np.uint8), np.array(masks)
@@ -416,12 +463,13 @@ def nerve_ultrasound(rng, rows, columns):
     """-> image uint8, label uint8 (1 nerve, 2 vessel), both (rows, columns): layers of muscle, fascia, vessels, nerves."""
     v, u = (np.mgrid[:rows, :columns] / np.array((rows, columns))[:, None, None]).astype(np.float32)
     noise = lambda *cells: smooth(rng, (rows, columns), cells)
-    bend, echo, label = .03 * noise(2, 3) + rng.uniform(-.12, .12) * u, .25 * np.exp(.5 * noise(14, 5)), np.zeros((rows, columns), np.uint8)
+    bend, echo = .03 * noise(2, 3) + rng.uniform(-.12, .12) * u, .25 * np.exp(.5 * noise(14, 5))
+    label = np.zeros((rows, columns), np.uint8)
     for depth in rng.uniform(.08, .9, 9):
         echo += rng.uniform(.5, 2.5) * np.exp(-((v - depth - bend) / .006) ** 2) * (noise(2, 4) > -.6)
     for kind in rng.permutation([1, 2] + [1] * rng.integers(2) + [2] * rng.integers(3)):
-        (cv, cu), tilt, (a, b) = rng.uniform((.18, .1), (.75, .9)), rng.uniform(-.5, .5), rng.uniform(.05, .11) * np.array((rng.uniform(1, 1.8), 1))
-        du, dv = u - cu, v - cv
+        (cv, cu), tilt, b = rng.uniform((.18, .1), (.75, .9)), rng.uniform(-.5, .5), rng.uniform(.05, .11)
+        a, du, dv = b * rng.uniform(1, 1.8), u - cu, v - cv
         level = np.hypot((du + tilt * dv) / a, (dv - tilt * du) / b) + .07 * noise(5, 5)
         if label[level < 1.15].any():
             continue
@@ -461,7 +509,8 @@ def save(path, content):
     if isinstance(content, np.ndarray):
         Image.fromarray(content).save(path)
     else:
-        path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content, indent=1)).encode())
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content, indent=1)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def save_csv(path, rows):
@@ -478,8 +527,9 @@ def save_nifti(path, volume, spacing, codes="RAS", dtype=np.int16, form="both", 
     form: "both", "qform" or "sform" (the code of the other is 0); scale: (slope, intercept) kept in the header.
     """
     to, data, affine = nib.orientations, volume.T, np.diag([-spacing[0], -spacing[1], spacing[2], 1.])  # data: (x, y, z[, t])
-    affine[:2, 3] = [(n - 1) / 2 * mm for n, mm in zip(data.shape[:2], spacing)]                      # 0, 0, 0: middle of the lowest slice
-    image = nib.Nifti1Image(data.astype(np.float32), affine).as_reoriented(to.ornt_transform(to.io_orientation(affine), to.axcodes2ornt(codes)))
+    affine[:2, 3] = [(n - 1) / 2 * mm for n, mm in zip(data.shape[:2], spacing)]                      # 0 0 0: middle, lowest slice
+    turn = to.ornt_transform(to.io_orientation(affine), to.axcodes2ornt(codes))
+    image = nib.Nifti1Image(data.astype(np.float32), affine).as_reoriented(turn)
     data = np.asarray(image.dataobj) if scale is None else (np.asarray(image.dataobj) - scale[1]) / scale[0]
     if np.issubdtype(dtype, np.integer):
         data = np.clip(np.rint(data), np.iinfo(dtype).min, np.iinfo(dtype).max)
@@ -504,13 +554,16 @@ def save_itk(path, volume, spacing, dtype, tilt=0.):
 def save_dicom(folder, hu, spacing, rng, tags):
     """(z, y, x) HU -> one .dcm a slice, stored 0..4095 with intercept -1024; the numbers in file names are not in slice order."""
     folder.mkdir(parents=True, exist_ok=True)
-    series, corner = f"1.2.826.0.1.3680043.8.498.{rng.integers(10**15)}", [-(n - 1) / 2 * mm for n, mm in zip(hu.shape[:0:-1], spacing)]
+    series = f"1.2.826.0.1.3680043.8.498.{rng.integers(10**15)}"
+    corner = [-(n - 1) / 2 * mm for n, mm in zip(hu.shape[:0:-1], spacing)]
     for k, number in enumerate(rng.permutation(len(hu)) + 1):
         image, writer = sitk.GetImageFromArray(np.clip(np.rint(hu[k]), -1024, 3071).astype(np.int16)), sitk.ImageFileWriter()
         image.SetSpacing(spacing[:2])
-        for key, value in {**tags, "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{series}.{k + 1}", "0020|000e": series,
-                           "0020|0013": k + 1, "0020|0032": "{:.3f}\\{:.3f}\\{:.3f}".format(*corner, k * spacing[2] - 100), "0020|0037": "1\\0\\0\\0\\1\\0",
-                           "0028|1052": -1024, "0028|1053": 1, "0018|0050": f"{spacing[2]:.2f}", "0008|0020": "20180821", "0008|0030": "120000"}.items():
+        for key, value in {
+                **tags, "0008|0060": "CT", "0008|0020": "20180821", "0008|0030": "120000", "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+                "0020|000e": series, "0008|0018": f"{series}.{k + 1}", "0020|0013": k + 1, "0018|0050": f"{spacing[2]:.2f}",
+                "0020|0032": "{:.3f}\\{:.3f}\\{:.3f}".format(*corner, k * spacing[2] - 100), "0020|0037": "1\\0\\0\\0\\1\\0",
+                "0028|1052": -1024, "0028|1053": 1}.items():
             image.SetMetaData(key, str(value))
         writer.SetImageIO("GDCMImageIO")
         writer.KeepOriginalImageUIDOn()
@@ -523,36 +576,43 @@ JUNK = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(96)          
 # ----------------------------------------------------------------------------------------------------------------------
 # Datasets, each write_x(out, seed)
 
-AMOS = numbered("spleen kidney_r kidney_l gallbladder esophagus liver stomach aorta ivc pancreas adrenal_r adrenal_l duodenum bladder prostate")
+AMOS = numbered("spleen kidney_r kidney_l gallbladder esophagus liver stomach aorta ivc pancreas adrenal_r adrenal_l duodenum "
+                "bladder prostate")
 BTCV = numbered("spleen kidney_r kidney_l gallbladder esophagus liver stomach aorta ivc portal pancreas adrenal_r adrenal_l")
-WORD = numbered("liver spleen kidney_l kidney_r stomach gallbladder esophagus pancreas duodenum colon bowel adrenal_r+adrenal_l rectum bladder femur_l femur_r")
+WORD = numbered("liver spleen kidney_l kidney_r stomach gallbladder esophagus pancreas duodenum colon bowel adrenal_r+adrenal_l "
+                "rectum bladder femur_l femur_r")
 
 
-def write_amos(out, seed, cases, draw):
-    """AMOS22 holds CT and MR in one folder; dataset.json lists whatever lies there. draw(rng) -> scene, image."""
+def write_amos(out, seed, cases, scene, image):
+    """AMOS22 holds CT and MR in one folder; dataset.json lists whatever lies there. scene(rng) -> Scene, image(Scene) -> volume."""
     root = out / "amos22"
     for part, case in [(part, case) for part, ids in cases.items() for case in ids]:
-        (s, image), name = draw(generator(seed, "amos", case)), f"amos_{case:04d}.nii.gz"
+        s, name = scene(generator(seed, "amos", case)), f"amos_{case:04d}.nii.gz"
         codes = {508: "RAS", 510: "LSP"}.get(case, "LAS")
-        save_nifti(root / f"images{part}" / name, image, s.spacing, codes, form="qform")
+        save_nifti(root / f"images{part}" / name, image(s), s.spacing, codes, form="qform")
+        dtype = np.uint16 if case in (13, 514) else np.uint8
         if part != "Ts":
-            save_nifti(root / f"labels{part}" / name, labels(s.tissue, AMOS), s.spacing, codes, np.uint16 if case in (13, 514) else np.uint8, "qform")
-    lists = {key: [{"image": f"./images{part}/{f.name}", **({"label": f"./labels{part}/{f.name}"} if part != "Ts" else {})}
-                   for f in sorted((root / f"images{part}").glob("amos_*"))] for key, part in (("training", "Tr"), ("validation", "Va"), ("test", "Ts"))}
+            save_nifti(root / f"labels{part}" / name, labels(s.tissue, AMOS), s.spacing, codes, dtype, "qform")
+    lists = {}
+    for key, part in (("training", "Tr"), ("validation", "Va"), ("test", "Ts")):
+        names = [f.name for f in sorted((root / f"images{part}").glob("amos_*"))]
+        lists[key] = [{"image": f"./images{part}/{n}", **({"label": f"./labels{part}/{n}"} if part != "Ts" else {})} for n in names]
     spelt = {"aorta": "arota", "ivc": "postcava", "prostate": "prostate/uterus"}
-    save(root / "dataset.json", {"name": "AMOS", "licence": "", "modality": {"0": "CT", "1": "MRI"}, "numTraining": len(lists["training"]), "numTest": len(lists["test"]),
-                                 "labels": {"0": "background", **{str(i): spelt.get(n, n) for n, i in AMOS.items()}}, **lists})
+    save(root / "dataset.json", {
+        "name": "AMOS", "licence": "", "modality": {"0": "CT", "1": "MRI"}, **lists, "numTraining": len(lists["training"]),
+        "numTest": len(lists["test"]), "labels": {"0": "background", **{str(i): spelt.get(n, n) for n, i in AMOS.items()}}})
     save(root / "readme.md", "Stand-in for AMOS22.\n")
     save(out / "__MACOSX/amos22/imagesTr/._amos_0001.nii.gz", JUNK)
     save(root / "imagesTr/._amos_0004.nii.gz", JUNK)
 
 
 def write_amos_ct(out, seed):
-    write_amos(out, seed, {"Tr": (1, 4, 5, 9, 15), "Va": (8, 13), "Ts": (2,)}, lambda rng: ((s := trunk(rng, -3, 37, 20)), ct(s)))
+    write_amos(out, seed, {"Tr": (1, 4, 5, 9, 15), "Va": (8, 13), "Ts": (2,)}, lambda rng: trunk(rng, -3, 37, 20), ct)
 
 
 def write_amos_mri(out, seed):
-    write_amos(out, seed, {"Tr": (507, 508, 510, 514, 600), "Va": (575, 583)}, lambda rng: ((s := trunk(rng, 14, 36, 14)), mr(s, TORSO, rng.choice((2, 3)))))
+    write_amos(out, seed, {"Tr": (507, 508, 510, 514, 600), "Va": (575, 583)}, lambda rng: trunk(rng, 14, 36, 14),
+               lambda s: mr(s, TORSO, s.rng.choice((2, 3))))
 
 
 def write_word(out, seed):
@@ -560,10 +620,11 @@ def write_word(out, seed):
     for part, case in [*[("Tr", c) for c in (2, 3, 4, 6, 9)], ("Val", 1), ("Val", 7), ("Ts", 14)]:
         s, name = trunk(generator(seed, "word", case), -3, 37, 20), f"word_{case:04d}.nii.gz"
         save_nifti(root / f"images{part}" / name, ct(s), s.spacing, "LPS", form="qform")
+        label, dtype = labels(s.tissue, WORD), np.uint16 if case == 4 else np.uint8
         if part != "Ts":
-            save_nifti(root / f"labels{part}" / name, labels(s.tissue, WORD), s.spacing, "LPS", np.uint16 if case == 4 else np.uint8, "qform")
+            save_nifti(root / f"labels{part}" / name, label, s.spacing, "LPS", dtype, "qform")
         if case == 2:                                                                                 # a few strokes, not the truth
-            save_nifti(root / "scribblesTr" / name, labels(s.tissue, WORD) * (s.grain[0] > 1.5), s.spacing, "LPS", np.uint8, "qform")
+            save_nifti(root / "scribblesTr" / name, label * (s.grain[0] > 1.5), s.spacing, "LPS", np.uint8, "qform")
     save(root / "dataset.json", {"name": "WORD", "modality": {"0": "CT"}, "labels": {str(i): n for n, i in WORD.items()}})
     save(root / "__MACOSX/._imagesTr", JUNK)
 
@@ -582,6 +643,7 @@ def write_btcv(out, seed):
 
 
 def write_microsegnet(out, seed):
+    root = out / "Micro_Ultrasound_Prostate_Segmentation_Dataset"
     for part, case in [*[("train", c) for c in (1, 2, 3, 5, 8)], ("test", 1), ("test", 2)]:
         image, mask = micro_ultrasound(generator(seed, "microsegnet", part, case))
         files = {"micro_ultrasound_scans/microUS": image, "expert_annotations/expert_annotation": mask}
@@ -589,7 +651,7 @@ def write_microsegnet(out, seed):
                 ("clinician", "clinician", 2), ("master_student", "master_student", 4), ("medical_student", "medical_student", -5)]:
             files[f"{folder}_annotations/{name}_annotation"] = np.roll(mask, shift, 1)
         for name, volume in files.items():
-            save_nifti(out / f"Micro_Ultrasound_Prostate_Segmentation_Dataset/{part}/{name}_{part}_{case:02d}.nii.gz", volume, (1, 1, 1), "LPS", np.uint8)
+            save_nifti(root / f"{part}/{name}_{part}_{case:02d}.nii.gz", volume, (1, 1, 1), "LPS", np.uint8)
 
 
 def write_promise12(out, seed):
@@ -608,7 +670,7 @@ BRATS_TRAINING = ("00000-000", "00002-000", "00003-000", "00005-000", "00005-001
 
 def brats_subject(seed, case):
     """'00005-001' -> scene of that patient's brain, {modality: (z, y, x) int, background exactly 0}."""
-    s = Scene(generator(seed, "brats", case[:5]), np.linspace(-5.2, 7.6, 22), 120, 24., shift=2., zoom=(.8, 1.15), bend=.25, grain=1.2)
+    s = Scene(generator(seed, "brats", case[:5]), np.linspace(-5.2, 7.6, 22), 120, 24., 2., (.8, 1.15), bend=.25, grain=1.2)
     brain(s, tumour=True, enhancing=not case.startswith("00005"))
     s.rng = generator(seed, "brats", case)                                                            # another day, another scan
     scans = {m: mr(s, BRAIN, i + 1, noise=.025, top=s.rng.uniform(500, 4000)) for i, m in enumerate(("t1n", "t1c", "t2w", "t2f"))}
@@ -625,12 +687,14 @@ def write_brats_gli(out, seed):
             if part == "Training":
                 files["seg"] = labels(s.tissue, {"core": 1, "edema": 2, "enhancing": 3})
             for kind, volume in files.items():
-                save_nifti(root / f"BraTS-GLI-{case}/BraTS-GLI-{case}-{kind}.nii.gz", volume, s.spacing, "LPS", np.uint8 if kind == "seg" else np.int16)
+                dtype = np.uint8 if kind == "seg" else np.int16
+                save_nifti(root / f"BraTS-GLI-{case}/BraTS-GLI-{case}-{kind}.nii.gz", volume, s.spacing, "LPS", dtype)
     save(root / "BraTS2023_2017_GLI_Mapping.csv", "BraTS2023,BraTS2021\n")
     save(root / f"BraTS-GLI-{case}/._BraTS-GLI-{case}-t1n.nii.gz", JUNK)
 
 
 def write_brats_local(out, seed):
+    top = "ASNR-MICCAI-BraTS2023-Local-Synthesis-Challenge-"
     for part, cases in (("Training", BRATS_TRAINING), ("Validation", ("00001-000",))):
         for case in cases:
             s, scans = brats_subject(seed, case)
@@ -644,14 +708,16 @@ def write_brats_local(out, seed):
                 files.update({"t1n": scans["t1n"], "mask-healthy": healthy, "mask-unhealthy": unhealthy})
             for kind, volume in files.items():
                 dtype = np.float32 if part == "Validation" or kind == "t1n-voided" else np.int16 if kind == "t1n" else np.uint8
-                save_nifti(out / f"ASNR-MICCAI-BraTS2023-Local-Synthesis-Challenge-{part}/BraTS-GLI-{case}/BraTS-GLI-{case}-{kind}.nii.gz",
-                           volume, s.spacing, "LPS", dtype, "qform" if dtype == np.float32 else "both")
+                form, folder = "qform" if dtype == np.float32 else "both", f"{top}{part}/BraTS-GLI-{case}"
+                save_nifti(out / folder / f"BraTS-GLI-{case}-{kind}.nii.gz", volume, s.spacing, "LPS", dtype, form)
 
 
 def write_ldct(out, seed):
     top, rows = out / "manifest-1648648375084", []
-    for subject, *series in (("L004", "Full dose images", "Low Dose Images", "Full Dose Projections"), ("L006", "Full Dose Images", "LOW DOSE IMAGES"),
-                             ("C052", "full dose images", "low dose images"), ("N012", "Full Dose Images", "Low dose images"), ("C001", "Full Dose Images")):
+    for subject, *series in (
+            ("L004", "Full dose images", "Low Dose Images", "Full Dose Projections"), ("L006", "Full Dose Images", "LOW DOSE IMAGES"),
+            ("C052", "full dose images", "low dose images"), ("N012", "Full Dose Images", "Low dose images"),
+            ("C001", "Full Dose Images")):
         rng, region, table = generator(seed, "ldct", subject), subject[0], BRAIN if subject[0] == "N" else TORSO
         low, high, slices, fov = {"L": (17, 36, 10, 38), "C": (34, 56, 10, 38), "N": (-1, 7, 6, 26)}[region]
         s = Scene(rng, np.linspace(low, high, slices) + rng.uniform(-1, 1), 128, fov * rng.uniform(.95, 1.1))
@@ -660,20 +726,23 @@ def write_ldct(out, seed):
         grain, streaks = blur(rng.standard_normal(s.shape)), rng.standard_normal((slices, 128, 1))
         study, date = f"1.2.826.0.1.3680043.8.498.{rng.integers(10**15)}", "08-21-2018" if region == "N" else "08-21-2018-NA-NA"
         for name in series:
-            hu = full + 25 * grain + 9 * streaks + 14 * rng.standard_normal(s.shape) if name.lower().startswith("low") else full
+            dirt = (.3 if region == "N" else 1) * name.lower().startswith("low")
+            hu = full + dirt * (25 * grain + 9 * streaks + 14 * rng.standard_normal(s.shape))
             hu = hu[:1] if "Projections" in name else hu
             folder = f"LDCT-and-Projection-data/{subject}/{date}-{study[-5:]}/1.000000-{name}-{rng.integers(10**4, 10**5)}"
-            save_dicom(top / folder, hu, s.spacing, rng, {"0008|103e": name, "0010|0020": subject, "0010|0010": "Anonymous", "0020|000d": study,
-                                                          "0008|0070": "GE MEDICAL SYSTEMS" if subject == "C001" else "SIEMENS"})
-            rows.append({"Subject ID": subject, "Study UID": study, "Study Date": "08-21-2018", "Series Description": name, "Modality": "CT",
-                         "Number of Images": len(hu), "File Location": "./" + folder})
+            save_dicom(top / folder, hu, s.spacing, rng, {
+                "0008|103e": name, "0010|0020": subject, "0010|0010": "Anonymous", "0020|000d": study,
+                "0008|0070": "GE MEDICAL SYSTEMS" if subject == "C001" else "SIEMENS"})
+            rows.append({"Subject ID": subject, "Study UID": study, "Study Date": "08-21-2018", "Series Description": name,
+                         "Modality": "CT", "Number of Images": len(hu), "File Location": "./" + folder})
     save_csv(top / "metadata.csv", rows)
 
 
 def write_chest_xray(out, seed):
     montgomery, kaggle = out / "MontgomerySet", out / "Lung Segmentation"
-    for i, case in enumerate(("MCUCXR_0001_0", "MCUCXR_0002_0", "MCUCXR_0003_0", "MCUCXR_0005_0", "MCUCXR_0104_1", "MCUCXR_0108_1", "MCUCXR_0141_1", "MCUCXR_0150_1",
-                              "CHNCXR_0001_0", "CHNCXR_0004_0", "CHNCXR_0010_0", "CHNCXR_0327_1", "CHNCXR_0330_1", "CHNCXR_0025_0")):
+    for i, case in enumerate((
+            "MCUCXR_0001_0", "MCUCXR_0002_0", "MCUCXR_0003_0", "MCUCXR_0005_0", "MCUCXR_0104_1", "MCUCXR_0108_1", "MCUCXR_0141_1",
+            "MCUCXR_0150_1", "CHNCXR_0001_0", "CHNCXR_0004_0", "CHNCXR_0010_0", "CHNCXR_0327_1", "CHNCXR_0330_1", "CHNCXR_0025_0")):
         image, left, right = chest_xray(generator(seed, "chest_xray", case), *((192, 160), (160, 192), (176, 176))[i % 3])
         reading, file, chinese = "Patient's Sex: F\nPatient's Age: 040Y\nstand-in\n", f"{case}.png", case.startswith("CHN")
         if not chinese:
@@ -685,7 +754,8 @@ def write_chest_xray(out, seed):
             save(kaggle / "CXR_png" / file, np.dstack([image] * 3) if case == "CHNCXR_0004_0" else image)
             save(kaggle / f"ClinicalReadings/{case}.txt", reading)
             if case != "CHNCXR_0025_0":
-                save(kaggle / "masks" / (f"{case}_mask.png" if chinese else file), mask[::2, ::2] if case == "CHNCXR_0010_0" else mask)
+                half = slice(None, None, 2 if case == "CHNCXR_0010_0" else 1)
+                save(kaggle / "masks" / (f"{case}_mask.png" if chinese else file), mask[half, half])
     save(kaggle / "test/CHNCXR_0040_0.png", chest_xray(generator(seed, "chest_xray", "CHNCXR_0040_0"), 160, 160)[0])
     save(out / "__MACOSX/MontgomerySet/CXR_png/._MCUCXR_0001_0.png", JUNK)
     save(montgomery / "ManualMask/leftMask/._MCUCXR_0001_0.png", JUNK)
@@ -701,7 +771,8 @@ def write_acdc(out, seed):
             s = heart(Scene(rng, np.linspace(-1.8, 7.8, slices), (size, size - 16), fov, 3.5, (.75, 1.15), 35, .4), squeeze)
             frames.append(mr(s, CINE, 0, bias=.35))
             save_nifti(folder / f"{name}_frame{frame:02d}.nii.gz", frames[-1], s.spacing, form="sform")
-            save_nifti(folder / f"{name}_frame{frame:02d}_gt.nii.gz", labels(s.tissue, {"rv": 1, "myo": 2, "lv": 3}), s.spacing, "RAS", np.uint8, "sform")
+            label = labels(s.tissue, {"rv": 1, "myo": 2, "lv": 3})
+            save_nifti(folder / f"{name}_frame{frame:02d}_gt.nii.gz", label, s.spacing, "RAS", np.uint8, "sform")
         save_nifti(folder / f"{name}_4d.nii.gz", np.stack(frames), s.spacing, form="sform")
         group = ("NOR", "MINF", "DCM", "HCM", "RV")[case % 5]
         save(folder / "Info.cfg", f"ED: {ed}\nES: {es}\nGroup: {group}\nHeight: 170.0\nNbFrame: 25\nWeight: 70.0\n")
@@ -709,8 +780,9 @@ def write_acdc(out, seed):
 
 
 def write_la(out, seed):
-    for i, case in enumerate(("07WDMSAV2VFSPTTYBPZY", "0RZDK210BSMWAA6467LU", "1D7CUD1955YZPGK8XHJX", "5HH5BRS6LBFZQTBMAFRC", "CMPXO4J23G58J53Q98SZ",
-                              "4498CA6DZWELOXCBRYRF", "67W9VHOSUK9Z2UDA96WQ")):
+    for i, case in enumerate((
+            "07WDMSAV2VFSPTTYBPZY", "0RZDK210BSMWAA6467LU", "1D7CUD1955YZPGK8XHJX", "5HH5BRS6LBFZQTBMAFRC", "CMPXO4J23G58J53Q98SZ",
+            "4498CA6DZWELOXCBRYRF", "67W9VHOSUK9Z2UDA96WQ")):
         s = trunk(generator(seed, "la", case), 36.5, 47.5, 20, (19, 28), (112, 144), shift=3.5, zoom=(.8, 1.15), turn=25)
         folder, atrium = out / "LA2018" / ("Training Set" if i < 5 else "Testing Set") / case, s.is_("la")
         wall = (blur(atrium.astype(np.float32)) > 0) & ~atrium
@@ -720,19 +792,22 @@ def write_la(out, seed):
             save(folder / "desktop.ini", "[.ShellClassInfo]\n")
 
 
-LESION_HOMES = {1: ("marrow", "node"), 2: ("fat", "node"), 4: ("liver", "liver.tumour"), 5: ("lung", "lung.tumour"),  # by Coarse_lesion_type
-                6: ("kidney_l", "kidney_l.tumour"), 7: ("muscle", "node")}
+LESION_HOMES = {                                                                                      # by Coarse_lesion_type
+    1: ("marrow", "node"), 2: ("fat", "node"), 4: ("liver", "liver.tumour"), 5: ("lung", "lung.tumour"),
+    6: ("kidney_l", "kidney_l.tumour"), 7: ("muscle", "node")}
 
 
 def write_deeplesion(out, seed):
     root, rows, join = out / "DeepLesion", [], lambda *values: ", ".join(f"{v:g}" for v in values)
     for index, patient in enumerate((1, 2, 3, 4, 6, 7, 8, 10, 11, 13, 14, 17, 19, 20)):
+        part, size = 1 if index < 8 else 2 if index < 11 else 3, 192 if patient == 4 else 144
         for picture, study in enumerate((1, 1, 2)):                                                   # three key slices a patient
-            rng, body, part = generator(seed, "deeplesion", patient, picture), generator(seed, "deeplesion", patient), 1 if index < 8 else 2 if index < 11 else 3
-            z, size, found = rng.uniform(*((4, 19), (21, 34), (38, 52))[(patient + picture) % 3]), 192 if patient == 4 else 144, []
-            s, stem, key = torso(Scene(body, np.array((z - .5, z, z + .5)), size, body.uniform(34, 44))), f"{patient:06d}_{study:02d}_01", int(20 + 2 * z)
-            s.rng = rng
-            for kind in rng.permutation([k for k, (home, _) in LESION_HOMES.items() if s.is_(home)[1].sum() > 40])[:rng.integers(1, 4)]:
+            rng, body, found = generator(seed, "deeplesion", patient, picture), generator(seed, "deeplesion", patient), []
+            z = rng.uniform(*((4, 19), (21, 34), (38, 52))[(patient + picture) % 3])
+            s = torso(Scene(body, np.array((z - .5, z, z + .5)), size, body.uniform(34, 44)))
+            s.rng, stem, key = rng, f"{patient:06d}_{study:02d}_01", int(20 + 2 * z)
+            homes = [kind for kind, (home, _) in LESION_HOMES.items() if s.is_(home)[1].sum() > 40]
+            for kind in rng.permutation(homes)[:rng.integers(1, 4)]:
                 before = s.tissue[1].copy()
                 s.lesions(*LESION_HOMES[kind], 1, (1, 2.5))
                 across, down = (np.flatnonzero((s.tissue[1] != before).any(axis)) + 1 for axis in (0, 1))   # 1-based
@@ -745,64 +820,66 @@ def write_deeplesion(out, seed):
                 xc, yc = (x1 + x2) / 2, (y1 + y2) / 2
                 rows.append(dict(
                     File_name=f"{stem}_{key:03d}.png", Patient_index=patient, Study_index=study, Series_ID=1, Key_slice_index=key,
-                    Measurement_coordinates=join(x1, yc, x2, yc, xc, y1, xc, y2), Bounding_boxes=join(x1 - 5, y1 - 5, x2 + 5, y2 + 5),
-                    Lesion_diameters_Pixel_=join(*sorted((x2 - x1, y2 - y1))[::-1]), Normalized_lesion_location=join(xc / size, yc / size, (z + 8) / 72),
-                    Coarse_lesion_type=-1 if part == 1 else kind, Possibly_noisy=int((patient, picture) in ((3, 0), (10, 1), (17, 2))),
-                    Slice_range=join(key - 1, key + 1), Spacing_mm_px_=join(*s.spacing), Image_size=join(size, size),
+                    Measurement_coordinates=join(x1, yc, x2, yc, xc, y1, xc, y2),
+                    Bounding_boxes=join(x1 - 5, y1 - 5, x2 + 5, y2 + 5),
+                    Lesion_diameters_Pixel_=join(max(x2 - x1, y2 - y1), min(x2 - x1, y2 - y1)),
+                    Normalized_lesion_location=join(xc / size, yc / size, (z + 8) / 72), Coarse_lesion_type=-1 if part == 1 else kind,
+                    Possibly_noisy=int((patient, picture) in ((3, 0), (10, 1), (17, 2))), Slice_range=join(key - 1, key + 1),
+                    Spacing_mm_px_=join(*s.spacing), Image_size=join(size, size),
                     DICOM_windows="-1500, 500" if kind == 5 else "-175, 275", Patient_gender="FM"[patient % 2],
                     Patient_age="NaN" if patient == 7 else 40 + patient, Train_Val_Test=part))
     save_csv(root / "DL_info.csv", rows)
 
 
-def write_msd(out, seed, task, pattern, ids, draw, ids_of, modality="CT", codes="RAS", missing=(), dtypes={}):
-    """An MSD task; the last of `ids` is the test case, without label. draw(rng) -> scene, image; ids_of: {tissue: label}; dtypes: {id:
-    (of the image, of the label)}."""
+def write_msd(out, seed, task, pattern, ids, scene, image, classes, modality="CT", codes="RAS", missing=(), dtypes={}):
+    """An MSD task; the last of `ids` is the test case, without label. scene(rng) -> Scene, image(Scene) -> volume; classes: {tissue:
+    label}; missing: ids listed without a label file; dtypes: {id: (of the image, of the label)}."""
     root, training = out / task, []
     for case in ids:
-        (s, image), name, part = draw(generator(seed, task, case)), pattern.format(case) + ".nii.gz", "Ts" if case == ids[-1] else "Tr"
+        s, name, part = scene(generator(seed, task, case)), pattern.format(case) + ".nii.gz", "Ts" if case == ids[-1] else "Tr"
         dtype, label_dtype = dtypes.get(case, (np.int16, np.uint8))
-        save_nifti(root / f"images{part}" / name, image, s.spacing, codes, dtype)
+        save_nifti(root / f"images{part}" / name, image(s), s.spacing, codes, dtype)
         if part == "Tr":
             training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
         if part == "Tr" and case not in missing:
-            save_nifti(root / "labelsTr" / name, labels(s.tissue, ids_of), s.spacing, codes, label_dtype)
+            save_nifti(root / "labelsTr" / name, labels(s.tissue, classes), s.spacing, codes, label_dtype)
     spelt = {"liver.tumour": "cancer", "lung.tumour": "cancer", "hippocampus.front": "Anterior", "hippocampus.back": "Posterior"}
     save(root / "dataset.json", {
-        "name": task.split("_")[1], "description": "stand-in", "reference": "", "licence": "", "relase": "0.0", "tensorImageSize": "3D", "modality": {"0": modality},
-        "labels": {"0": "background", **{str(i): spelt.get(n, n) for n, i in ids_of.items()}}, "numTraining": len(training), "numTest": 1,
-        "training": training, "test": [f"./imagesTs/{name}"]})
+        "name": task.split("_")[1], "description": "stand-in", "reference": "", "licence": "", "relase": "0.0",
+        "tensorImageSize": "3D", "modality": {"0": modality},
+        "labels": {"0": "background", **{str(i): spelt.get(n, n) for n, i in classes.items()}},
+        "numTraining": len(training), "numTest": 1, "training": training, "test": [f"./imagesTs/{name}"]})
     for folder in ("imagesTr", "labelsTr"):
         save(root / folder / f"._{pattern.format(ids[0])}.nii.gz", JUNK)
 
 
 def write_msd_liver(out, seed):
-    def draw(rng):
-        s = trunk(rng, 18, 37, 16, shift=3.5, turn=25)
-        s.lesions("liver", "liver.tumour", rng.integers(2, 5), (.8, 2.2))
-        return s, ct(s)
-    write_msd(out, seed, "Task03_Liver", "liver_{}", (0, 1, 2, 5, 10, 11, 23, 131), draw, {"liver": 1, "liver.tumour": 2})
+    def scene(rng):
+        return trunk(rng, 18, 37, 16, shift=3.5, turn=25).lesions("liver", "liver.tumour", rng.integers(2, 5), (.8, 2.2))
+    write_msd(out, seed, "Task03_Liver", "liver_{}", (0, 1, 2, 5, 10, 11, 23, 131), scene, ct, {"liver": 1, "liver.tumour": 2})
 
 
 def write_msd_lung(out, seed):
-    def draw(rng):
-        s = trunk(rng, 30, 57, 18)
-        s.lesions("lung", "lung.tumour", rng.integers(1, 4), (1, 2.5))
-        return s, ct(s, contrast=.1)
-    write_msd(out, seed, "Task06_Lung", "lung_{:03d}", (1, 3, 4, 5, 6, 9, 10, 14, 2), draw, {"lung.tumour": 1}, codes="LPS", missing=(14,))
+    def scene(rng):
+        return trunk(rng, 30, 57, 18).lesions("lung", "lung.tumour", rng.integers(1, 4), (1, 2.5))
+    write_msd(out, seed, "Task06_Lung", "lung_{:03d}", (1, 3, 4, 5, 6, 9, 10, 14, 2), scene, lambda s: ct(s, contrast=.1),
+              {"lung.tumour": 1}, codes="LPS", missing=(14,))
 
 
 def write_msd_spleen(out, seed):
-    write_msd(out, seed, "Task09_Spleen", "spleen_{}", (2, 3, 6, 8, 9, 10, 12, 1), lambda rng: ((s := trunk(rng, 20, 37, 14)), ct(s, contrast=rng.uniform(.5, 1))),
-              {"spleen": 1}, dtypes={3: (np.float32, np.float32), 6: (np.int16, np.uint16)})
+    write_msd(out, seed, "Task09_Spleen", "spleen_{}", (2, 3, 6, 8, 9, 10, 12, 1), lambda rng: trunk(rng, 20, 37, 14),
+              lambda s: ct(s, contrast=s.rng.uniform(.5, 1)), {"spleen": 1},
+              dtypes={3: (np.float32, np.float32), 6: (np.int16, np.uint16)})
 
 
 def write_msd_hippocampus(out, seed):
-    def draw(rng):
-        nx, ny, nz = map(int, rng.integers((32, 44, 30), (40, 56, 40)))
-        s = Scene(rng, (np.arange(nz) - nz / 2) / 10, (ny, nx), nx / 10, shift=.7, zoom=(.8, 1.25), turn=25, bend=.12, grain=1.)
-        return hippocampus(s, rng.choice((-1, 1))), mr(s, BRAIN, 1, top=rng.choice((130, 900)))
-    write_msd(out, seed, "Task04_Hippocampus", "hippocampus_{:03d}", (1, 3, 4, 6, 7, 8, 11, 14, 17, 20, 23, 2), draw,
-              {"hippocampus.front": 1, "hippocampus.back": 2}, "MRI", dtypes={1: (np.uint8, np.uint8), 3: (np.float32, np.float32)})
+    def scene(rng):
+        nx, ny, nz = map(int, rng.integers((32, 44, 30), (40, 56, 40)))                               # 1 mm voxels
+        s = Scene(rng, (np.arange(nz) - nz / 2) / 10, (ny, nx), nx / 10, .7, (.8, 1.25), 25, .12, grain=1.)
+        return hippocampus(s, rng.choice((-1, 1)))
+    write_msd(out, seed, "Task04_Hippocampus", "hippocampus_{:03d}", (1, 3, 4, 6, 7, 8, 11, 14, 17, 20, 23, 2), scene,
+              lambda s: mr(s, BRAIN, 1, top=s.rng.choice((130, 900))), {"hippocampus.front": 1, "hippocampus.back": 2}, "MRI",
+              dtypes={1: (np.uint8, np.uint8), 3: (np.float32, np.float32)})
 
 
 def write_nerve_ultrasound(out, seed):
@@ -812,25 +889,30 @@ def write_nerve_ultrasound(out, seed):
         image, label = nerve_ultrasound(rng, *8 * rng.integers(18, 26, 2))
         save(root / f"images{part}/us_{case:04d}_0000.png", np.dstack([image] * 3) if case % 5 == 3 else image)
         save(root / f"labels{part}/us_{case:04d}.png", label)
-    save(root / "dataset.json", {"name": "NerveUltrasound", "channel_names": {"0": "ultrasound"}, "labels": {"background": 0, "nerve": 1, "vessel": 2},
-                                 "numTraining": 12, "file_ending": ".png"})
+    save(root / "dataset.json", {"name": "NerveUltrasound", "channel_names": {"0": "ultrasound"}, "numTraining": 12,
+                                 "labels": {"background": 0, "nerve": 1, "vessel": 2}, "file_ending": ".png"})
 
 
 def write_ms_flair(out, seed):
     root = out / "Dataset802_MsT1ToFlair"
     for case in (7, 12, 19, 21, 3, 26):
-        s = brain(Scene(generator(seed, "ms", case), np.linspace(-4, 7.5, 16), (112, 96), 18., 1.5, (.8, 1.05), bend=.25, grain=1.2), plaques=14)
+        s = Scene(generator(seed, "ms", case), np.linspace(-4, 7.5, 16), (112, 96), 18., 1.5, (.8, 1.05), bend=.25, grain=1.2)
+        brain(s, plaques=14)
         for folder, column, top, suffix in (("images", 1, 900, "_0000"), ("labels", 4, 160, "")):
+            file = root / f"{folder}{'Ts' if case in (3, 26) else 'Tr'}/ms_{case:02d}{suffix}.nii.gz"
             scan = mr(s, BRAIN, column, top=top) + s.rng.normal(0, .012 * top, s.shape)               # dips below 0, as real ones
-            save_nifti(root / f"{folder}{'Ts' if case in (3, 26) else 'Tr'}/ms_{case:02d}{suffix}.nii.gz", scan.round(1), s.spacing, "LAS", np.float32, "qform")
-    save(root / "dataset.json", {"name": "MsT1ToFlair", "channel_names": {"0": "T1"}, "labels": "image", "numTraining": 4, "file_ending": ".nii.gz"})
+            save_nifti(file, scan.round(1), s.spacing, "LAS", np.float32, "qform")
+    save(root / "dataset.json", {"name": "MsT1ToFlair", "channel_names": {"0": "T1"}, "labels": "image", "numTraining": 4,
+                                 "file_ending": ".nii.gz"})
 
 
 STAND_INS = {
-    "amos_ct": write_amos_ct, "amos_mri": write_amos_mri, "word": write_word, "btcv": write_btcv, "microsegnet": write_microsegnet,
-    "promise12": write_promise12, "brats_gli": write_brats_gli, "brats_local": write_brats_local, "ldct": write_ldct, "chest_xray": write_chest_xray,
-    "acdc": write_acdc, "la": write_la, "deeplesion": write_deeplesion, "msd_liver": write_msd_liver, "msd_lung": write_msd_lung, "msd_spleen": write_msd_spleen,
-    "msd_hippocampus": write_msd_hippocampus, "Dataset801_NerveUltrasound": write_nerve_ultrasound, "Dataset802_MsT1ToFlair": write_ms_flair}
+    "amos_ct": write_amos_ct, "amos_mri": write_amos_mri, "word": write_word, "btcv": write_btcv,
+    "microsegnet": write_microsegnet, "promise12": write_promise12, "brats_gli": write_brats_gli,
+    "brats_local": write_brats_local, "ldct": write_ldct, "chest_xray": write_chest_xray, "acdc": write_acdc, "la": write_la,
+    "deeplesion": write_deeplesion, "msd_liver": write_msd_liver, "msd_lung": write_msd_lung, "msd_spleen": write_msd_spleen,
+    "msd_hippocampus": write_msd_hippocampus, "Dataset801_NerveUltrasound": write_nerve_ultrasound,
+    "Dataset802_MsT1ToFlair": write_ms_flair}
 SIXTEEN = list(STAND_INS)[:16]
 
 
@@ -848,7 +930,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, afterwards a --data_root")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other subjects")
-    parser.add_argument("--datasets", nargs="+", default=SIXTEEN, choices=list(STAND_INS), metavar="NAME", help="which to write, of " + ", ".join(STAND_INS))
+    parser.add_argument("--datasets", nargs="+", default=SIXTEEN, choices=list(STAND_INS), metavar="NAME",
+                        help="which to write, of " + ", ".join(STAND_INS))
     args, start = parser.parse_args(), time.time()
     write(args.out, args.seed, args.datasets)
     sizes = [f.stat().st_size for f in args.out.rglob("*") if f.is_file()]

@@ -29,21 +29,20 @@ def equal(a, b):
 
 # ---- it learns
 
+@pytest.mark.slow
 def test_a_tiny_model_overfits_four_pairs_with_colors_redrawn(store):
-    """tiny at 128, a fixed batch of four real pairs (stand-ins where the real ones are not here): IoU above 0.95."""
-    name = "msd_hippocampus"
+    """tiny at 128, a fixed batch of four real ultrasound pairs (stand-ins where the real ones are not here): IoU above 0.95."""
+    name = "Dataset801_NerveUltrasound"
     if REAL.is_dir():
         found = data.find(REAL, [name])[name]
-        cases = [data.prepare_case(c, found.dataset)[0] for c in found.cases[:8]]
-        slices = [(a["image"][k] / 65535, a["label"][k]) for a in cases for k in [int(np.argmax((a["label"] > 0).sum((1, 2))))]]
+        prepared = [data.prepare_case(c, found.dataset)[0] for c in found.cases[:40]]
+        slices = [(torch.from_numpy(a["image"][0] / np.float32(65535)), torch.from_numpy(a["label"][0])) for a in prepared if len(np.unique(a["label"])) == 3]
     else:
-        slices = [c.read(c.foreground[len(c.foreground) // 2])[:2] for c in store.split(name, "train")[:4] for _ in range(2)]
-    images, labels = (torch.stack([torch.from_numpy(np.asarray(s[i], np.float32)) for s in slices]) if len({s[0].shape for s in slices}) == 1 else
-                      torch.stack([resize(torch.from_numpy(np.asarray(s[i], np.float32)), (128, 128)) for s in slices])
-                      for i, resize in ((0, data.resize_images), (1, data.resize_labels)))
-    images, labels = data.resize_images(images, (128, 128)).view(4, 2, 1, 128, 128), data.resize_labels(labels, (128, 128)).view(4, 2, 1, 128, 128)
+        slices = [tuple(map(torch.from_numpy, c.read(0)[:2])) for c in store.cases[name] if len(c.classes[0]) == 2]
+    images = torch.stack([data.resize_images(image, (128, 128)) for image, _ in slices[:8]]).view(4, 2, 1, 128, 128)
+    labels = torch.stack([data.resize_labels(label, (128, 128)) for _, label in slices[:8]]).float().view(4, 2, 1, 128, 128)
     torch.manual_seed(0)
-    model = mvg.build("tiny", 128, drop_path=0.0)
+    model, steps = mvg.build("tiny", 128, drop_path=0.0), 400
     args = train.parse(["--optimizer", "muon", "--weight_decay", "0"])[0]
     optimizers, rng, colored = train.make_optimizers(model, args), np.random.default_rng(0), torch.ones(4, dtype=torch.bool)
 
@@ -51,28 +50,24 @@ def test_a_tiny_model_overfits_four_pairs_with_colors_redrawn(store):
         return torch.from_numpy(np.stack([data.make_palette([1, 2], "random", rng) for _ in range(4)]))
 
     def iou():
-        palette = palettes()
+        palette, truth = palettes(), labels[:, 1, 0]
         painted = data.color(labels, palette, colored)
         answer = model.predict(model.encode_prompts(images[:, :1], painted[:, :1]), images[:, 1])
         decoded = torch.stack([data.decode(answer[i, 0], palette[i, 1:3]).argmax(0) for i in range(4)])
-        truth = labels[:, 1, 0]
         return np.mean([((decoded == c) & (truth == c)).sum() / ((decoded == c) | (truth == c)).sum() for c in (1, 2)])
 
     assert iou() < 0.3
-    score, steps = 0, 600
     for step in range(steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(step, steps, args)
-        loss, _, _ = model(images, data.color(labels, palettes(), colored), "ar", colored=colored)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = train.learning_rate(step, steps, args)
+        loss = model(images, data.color(labels, palettes(), colored), "ar", colored=colored, background_weight=1.0)[0]
         loss.backward()
         train.update(optimizers, torch.tensor(False))
-        if step % 25 == 24:
-            score = min(iou() for _ in range(2))
-            print(step, loss.item(), score)
-            if score > 0.95:
-                break
-    assert score > 0.95, f"IoU {score:.3f} after {step + 1} steps"
+        if step % 25 == 24 and min(iou() for _ in range(3)) > 0.95:
+            break
+    score = min(iou() for _ in range(3))
+    print(f"IoU {score:.3f} after {step + 1} steps")
+    assert score > 0.95
 
 
 # ---- it repeats and resumes
