@@ -480,7 +480,7 @@ def load_masks(image, *masks):
     union = np.zeros(image.array.shape, np.uint8)
     for mask in masks:
         mask = read_volume(mask).array > 0
-        x, y = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(union.shape, mask.shape))
+        x, y = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(union.shape[:2], mask.shape))
         union |= mask[x][:, y]
     return Pair(image, Volume(union, image.affine, masks[0], "picture"))
 
@@ -606,12 +606,14 @@ def load_boxes(picture, table, boxes, spacing):
 
 
 def draw_box(array, box, value=200):
-    """Paint the outline of a box on (X, Y): the two pixels nearest to its line. box: x1, y1, x2, y2, 1-based as in the table."""
-    x1, y1, x2, y2 = (max(0, int(np.floor(v - 1))) for v in box)
+    """Paint the outline of a box on (X, Y): the two pixels nearest to its line, where they are inside. box: x1, y1, x2, y2,
+    1-based as in the table."""
+    two = lambda at: slice(max(at, 0), max(at + 2, 0))
+    x1, y1, x2, y2 = (int(np.floor(v - 1)) for v in box)
     for x in (x1, x2):
-        array[x:x + 2, y1:y2 + 2] = value
+        array[two(x), max(y1, 0):max(y2 + 2, 0)] = value
     for y in (y1, y2):
-        array[x1:x2 + 2, y:y + 2] = value
+        array[max(x1, 0):max(x2 + 2, 0), two(y)] = value
 
 
 def decathlon(folder):
