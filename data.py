@@ -43,12 +43,12 @@ class Dataset:
     task: str          # segmentation | synthesis | inpainting | denoising | detection
     labels: tuple = () # names of classes 1, 2, ... for segmentation
     split: str = ""    # the rule
-    cut: tuple = (4, 1)    # training : test, where no official split is there; the test cases are the last of the sorted ones
-    series: bool = False   # each series of ids (the letters before the number) is cut on its own
     paper: tuple = ()  # the paper's (training, test) counts
     licence: str = ""
     address: str = ""
     reader: Callable = field(default=None, compare=False)
+    cut: tuple = (4, 1)   # training : test where no official split is at hand; the test cases are the last of the sorted ones
+    series: bool = False  # each series of ids (the letters before the number) is cut on its own
 
     @property
     def colored(self):
@@ -67,42 +67,44 @@ _BRATS_TERMS, _FIFTH = "BraTS terms, research only", "last fifth of the sorted c
 
 # A split rule that starts with "official" falls back on the cut where the download has no labelled test case.
 DATASETS = {d.name: d for d in (
-    Dataset("amos_ct", "AMOS22 CT", "abdomen", "ct", "segmentation", _AMOS, "official: imagesTr / imagesVa, ids to 500", (2, 1), False,
+    Dataset("amos_ct", "AMOS22 CT", "abdomen", "ct", "segmentation", _AMOS, "official: imagesTr / imagesVa, ids to 500",
             (240, 120), "see address", "zenodo.org/records/7262581", partial(readers.amos, mri=False)),
-    Dataset("amos_mri", "AMOS22 MRI", "abdomen", "mri", "segmentation", _AMOS, "official: imagesTr / imagesVa, ids above 500", (2, 1), False,
+    Dataset("amos_mri", "AMOS22 MRI", "abdomen", "mri", "segmentation", _AMOS, "official: imagesTr / imagesVa, ids above 500",
             (60, 50), "see address", "zenodo.org/records/7262581", partial(readers.amos, mri=True)),
-    Dataset("word", "WORD", "abdomen", "ct", "segmentation", _WORD, "official: imagesTr / imagesVal", (5, 1), False, (100, 20),
-            "see address", "github.com/HiLab-git/WORD", readers.word),
-    Dataset("btcv", "BTCV", "abdomen", "ct", "segmentation", _BTCV, "last 9 of 30 of the sorted cases", (21, 9), False, (21, 9),
-            "see address", "synapse.org (syn3193805)", readers.btcv),
-    Dataset("microsegnet", "MicroSegNet", "pelvis", "ultrasound", "segmentation", ("prostate",), "official: train / test folder", (55, 20), False,
+    Dataset("word", "WORD", "abdomen", "ct", "segmentation", _WORD, "official: imagesTr / imagesVal", (100, 20), "see address",
+            "github.com/HiLab-git/WORD", readers.word),
+    Dataset("btcv", "BTCV", "abdomen", "ct", "segmentation", _BTCV, "last 9 of 30 of the sorted cases", (21, 9), "see address",
+            "synapse.org (syn3193805)", readers.btcv, cut=(21, 9)),
+    Dataset("microsegnet", "MicroSegNet", "pelvis", "ultrasound", "segmentation", ("prostate",), "official: train / test folder",
             (55, 20), "see address", "zenodo.org/records/10475293", readers.microsegnet),
-    Dataset("promise12", "PROMISE12", "pelvis", "mri", "segmentation", ("prostate",), "official: training_data / test_data folder", (4, 1), False,
+    Dataset("promise12", "PROMISE12", "pelvis", "mri", "segmentation", ("prostate",), "official: training_data / test_data folder",
             (50, 30), "see address", "zenodo.org/records/8026660", readers.promise12),
-    Dataset("brats_gli", "BraTS-GLI 2023", "brain", "mri", "synthesis", (), "official: TrainingData / ValidationData folder", (1251, 219), False,
-            (1251, 219), _BRATS_TERMS, "synapse.org (BraTS 2023)", readers.brats_gli),
-    Dataset("brats_local", "BraTS 2023 Local Synthesis", "brain", "mri", "inpainting", (), "last 251 of 1251 of the sorted cases, by patient",
-            (1000, 251), False, (1000, 251), _BRATS_TERMS, "synapse.org (BraTS 2023)", readers.brats_local),
+    Dataset("brats_gli", "BraTS-GLI 2023", "brain", "mri", "synthesis", (), "official: TrainingData / ValidationData folder",
+            (1251, 219), _BRATS_TERMS, "synapse.org (BraTS 2023)", readers.brats_gli, cut=(1251, 219)),
+    Dataset("brats_local", "BraTS 2023 Local Synthesis", "brain", "mri", "inpainting", (),
+            "last 251 of 1251 of the sorted cases, by patient", (1000, 251), _BRATS_TERMS, "synapse.org (BraTS 2023)",
+            readers.brats_local, cut=(1000, 251)),
     Dataset("ldct", "LDCT and Projection Data", "chest", "ct", "denoising", (),
-            "last 59 of 259 of the sorted patients, of each of C, L, N", (200, 59), True, (200, 59), "sources disagree, see address",
-            "cancerimagingarchive.net (LDCT-and-Projection-data)", readers.ldct),
+            "last 59 of 259 of the sorted patients of each of C, L and N", (200, 59), "sources disagree, see address",
+            "cancerimagingarchive.net (LDCT-and-Projection-data)", readers.ldct, cut=(200, 59), series=True),
     Dataset("chest_xray", "Chest X-ray lungs", "chest", "xray", "segmentation", ("lung",),
-            "last 6 of 21 of the sorted images, of each of MCUCXR, CHNCXR", (15, 6), True, (15, 6), "see address",
-            "Montgomery and Shenzhen sets, Kaggle nikhilpandey360", readers.chest_xray),
+            "last 6 of 21 of the sorted images of each of MCUCXR and CHNCXR", (15, 6), "see address",
+            "Montgomery and Shenzhen sets, Kaggle nikhilpandey360", readers.chest_xray, cut=(15, 6), series=True),
     Dataset("acdc", "ACDC", "chest", "mri", "segmentation", ("right ventricle", "myocardium", "left ventricle"),
-            "official: training / testing folder", (2, 1), False, (100, 50), "CC BY-NC-SA 4.0",
+            "official: training / testing folder", (100, 50), "CC BY-NC-SA 4.0",
             "humanheart-project.creatis.insa-lyon.fr/database", readers.acdc),
-    Dataset("la", "LA 2018", "chest", "mri", "segmentation", ("left atrium",), "official: Training Set / Testing Set folder (UA-MT: its lists)",
-            (80, 20), False, (81, 20), "challenge terms, research only", "cardiacatlas.org/atriaseg2018-challenge", readers.la),
-    Dataset("deeplesion", "DeepLesion", "whole body", "ct", "detection", (), "official: 1 / 2 and 3 in DL_info.csv, by patient", (4, 1), False,
+    Dataset("la", "LA 2018", "chest", "mri", "segmentation", ("left atrium",),
+            "official: Training Set / Testing Set folder (UA-MT: its lists)", (81, 20), "challenge terms, research only",
+            "cardiacatlas.org/atriaseg2018-challenge", readers.la),
+    Dataset("deeplesion", "DeepLesion", "whole body", "ct", "detection", (), "official: 1 / 2 and 3 in DL_info.csv, by patient",
             (25000, 7120), "NIH terms", "nihcc.app.box.com/v/DeepLesion", readers.deeplesion),
     # Out of distribution: Medical Segmentation Decathlon
-    Dataset("msd_liver", "MSD Task03 Liver", "abdomen", "ct", "segmentation", ("liver", "cancer"), _FIFTH, (4, 1), False, (),
-            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
-    Dataset("msd_lung", "MSD Task06 Lung", "chest", "ct", "segmentation", ("cancer",), _FIFTH, (4, 1), False, (),
-            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
-    Dataset("msd_spleen", "MSD Task09 Spleen", "abdomen", "ct", "segmentation", ("spleen",), _FIFTH, (4, 1), False, (),
-            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_liver", "MSD Task03 Liver", "abdomen", "ct", "segmentation", ("liver", "cancer"), _FIFTH, (), "CC BY-SA 4.0",
+            "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_lung", "MSD Task06 Lung", "chest", "ct", "segmentation", ("cancer",), _FIFTH, (), "CC BY-SA 4.0",
+            "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_spleen", "MSD Task09 Spleen", "abdomen", "ct", "segmentation", ("spleen",), _FIFTH, (), "CC BY-SA 4.0",
+            "medicaldecathlon.com", readers.decathlon),
 )}
 
 
@@ -204,12 +206,13 @@ def join(first, more):
     """Add what another folder holds of a dataset of the table: cases whose names are new, or complete now. A user's own
     dataset is one folder."""
     cases = {c.name: c for c in first.cases}
-    new = [c for c in more.cases if c.name not in cases or cases[c.name].split == "inference"] if first.dataset.name in DATASETS else []
+    own = first.dataset.name not in DATASETS
+    new = [] if own else [c for c in more.cases if c.name not in cases or cases[c.name].split == "inference"]
     first.cases = list({**cases, **{c.name: c for c in new}}.values())
     first.notes += more.notes + [f"{len(new)} cases of {more.root} are added to those of {first.root}"] * (len(new) > 0)
     if len(new) < len(more.cases):
-        first.notes.append(f"{len(more.cases) - len(new)} cases of {more.root} are left out, {first.root} has cases of the same name"
-                           if first.dataset.name in DATASETS else f"{more.root} is left out, {first.root} has the same name")
+        first.notes.append(f"{more.root} is left out, {first.root} has its name" if own else
+                           f"{len(more.cases) - len(new)} cases of {more.root} are left out, {first.root} has cases of the same name")
 
 
 def settle(found):
@@ -218,7 +221,7 @@ def settle(found):
     dataset, notes = found.dataset, found.notes
     waiting = [c.name for c in found.cases if c.split == "inference"]
     if waiting:
-        notes.append(f"{len(waiting)} of {len(found.cases)} cases lack a file, so that they are neither trained on nor scored: "
+        notes.append(f"{len(waiting)} of {len(found.cases)} cases lack a file and are neither trained on nor scored: "
                      + ", ".join(waiting[:5]) + (" ..." if len(waiting) > 5 else ""))
     cases = [c for c in found.cases if c.split != "inference"]
     if len({c.patient for c in cases}) == 1:
@@ -229,16 +232,19 @@ def settle(found):
         for case in cases:
             series.setdefault(re.match(r"\D*", case.patient)[0] if dataset.series else "", []).append(case.patient)
         test = set().union(*(readers.held_out(patients, *dataset.cut) for patients in series.values()))
+        test = test or readers.held_out([c.patient for c in cases], *dataset.cut)
         for case in cases:
             case.split = "test" if case.patient in test else "train"
         if dataset.split.startswith("official"):
-            notes.append(f"no official test case is here: held out are {len(test)} patients, the last {dataset.cut[1]} of {sum(dataset.cut)} of the sorted cases")
+            notes.append(f"no official test case is here: held out are {len(test)} patients, the last {dataset.cut[1]} of "
+                         f"{sum(dataset.cut)} of the sorted cases")
     test = {c.patient for c in cases if c.split == "test"}
     clash = [c for c in cases if c.split == "train" and c.patient in test]
     for case in clash:
         case.split = "inference"
     if clash:
-        notes.append(f"{len(clash)} training cases are of patients who are in test, too, and are left out: {', '.join(c.name for c in clash[:5])}")
+        notes.append(f"{len(clash)} training cases are of patients who are in test, too, and are left out: "
+                     + ", ".join(c.name for c in clash[:5]) + (" ..." if len(clash) > 5 else ""))
 
 
 def check_names(names, there, where):
@@ -581,7 +587,8 @@ class Store:
                     raise DataError(f"{self.root / name / case} has store version {index['version']}, this code reads "
                                     f"{STORE_VERSION}: update the code, or name another --store")
                 cases.append(StoredCase(self.root / name / case, *(index[k] for k in
-                             ("name", "patient", "split", "slices", "foreground", "classes")), index, index.get("kind", ""), index.get("height")))
+                             ("name", "patient", "split", "slices", "foreground", "classes")), index,
+                             index.get("kind", ""), index.get("height")))
             about.pop("root")
             self.datasets[name] = Dataset(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items()})
             self.cases[name] = cases

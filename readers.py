@@ -332,8 +332,9 @@ def promise12(folder):
     """
     name = folder.name.lower()
     part = "livechallenge" if "live" in name else "test" if "test" in name else "training"
-    return [make_case(f"{part}_{stem(image)}", f"{part}_{stem(image)}", "train" if part == "training" else "test",
-                      (image, image.with_name(stem(image) + "_segmentation.mhd"))) for image in clean(folder.glob("Case[0-9][0-9].mhd"))]
+    split, images = "train" if part == "training" else "test", clean(folder.glob("Case[0-9][0-9].mhd"))
+    return [make_case(f"{part}_{stem(image)}", f"{part}_{stem(image)}", split,
+                      (image, image.with_name(stem(image) + "_segmentation.mhd"))) for image in images]
 
 
 BRATS_PAIRS = ("t1c:t2w", "t2w:t1c")  # authors' code
@@ -358,7 +359,7 @@ def brats_file(case, part):
 
 
 def brats_gli(folder, pairs=BRATS_PAIRS):
-    """BraTS-GLI 2023: BraTS-GLI-00001-000/BraTS-GLI-00001-000-t1c.nii.gz: one modality to another, a case and kind for every pair.
+    """BraTS-GLI 2023: BraTS-GLI-00001-000/BraTS-GLI-00001-000-t1c.nii.gz; one modality to another, every pair is a case.
 
     Official split by the folder's name, ...ValidationData is test. The last three digits are a patient's time points.
     """
@@ -366,8 +367,9 @@ def brats_gli(folder, pairs=BRATS_PAIRS):
     if not any(brats_file(case, part).is_file() for case in cases for part in ("t1c", "t2w", "t2f")):
         return None  # BraTS-Local has t1n only
     split = "test" if "validation" in folder.name.lower() else "train"
-    return [make_case(f"{case.name}-{a}-{b}", case.name[:-4], split, (brats_file(case, a), brats_file(case, b)),
-                      partial(load_pair, task="synthesis"), kind=f"{a}->{b}") for case in cases for a, b in check_brats_pairs(pairs)]
+    load = partial(load_pair, task="synthesis")
+    return [make_case(f"{case.name}-{a}-{b}", case.name[:-4], split, (brats_file(case, a), brats_file(case, b)), load,
+                      kind=f"{a}->{b}") for case in cases for a, b in check_brats_pairs(pairs)]
 
 
 def brats_local(folder):
@@ -377,8 +379,8 @@ def brats_local(folder):
     to be healthy: such a case is for inference.
     """
     cases = [case for case in brats_cases(folder) if brats_file(case, "t1n-voided").is_file()]
-    return [make_case(case.name, case.name[:-4], "train", [brats_file(case, part) for part in ("t1n-voided", "t1n", "mask-healthy")],
-                      load_inpainting) for case in cases]
+    parts = ("t1n-voided", "t1n", "mask-healthy")
+    return [make_case(case.name, case.name[:-4], "train", [brats_file(case, part) for part in parts], load_inpainting) for case in cases]
 
 
 def load_inpainting(voided, whole, healthy):
@@ -436,8 +438,8 @@ def load_series(low, full):
     """Low and full dose of one patient, in HU. Raises DataError where their slices lie at different heights."""
     (image, low_z), (label, full_z) = read_series(low), read_series(full)
     if image.array.shape != label.array.shape or not np.allclose(low_z, full_z, atol=0.01):
-        raise DataError(f"{image.path} is {shape_text(image.array.shape)} but its full dose is {shape_text(label.array.shape)}, or their "
-                        "slices lie at other heights: fetch both series again")
+        raise DataError(f"{image.path} is {shape_text(image.array.shape)} but its full dose is {shape_text(label.array.shape)}, or "
+                        "their slices lie at other heights: fetch both series again")
     return Pair(image, label)
 
 
@@ -511,7 +513,8 @@ def la(folder):
         for image in clean((folder / part).glob("*/lgemri.nrrd")):
             label = image.with_name("laendo.nrrd")
             patient = hashlib.sha1(label.read_bytes()).hexdigest()[:12] if label.is_file() else image.parent.name
-            cases.append(make_case(image.parent.name, patient, split, (image, label), partial(load_pair, positive=True, spacing=(0.625,) * 3)))
+            load = partial(load_pair, positive=True, spacing=(0.625,) * 3)
+            cases.append(make_case(image.parent.name, patient, split, (image, label), load))
     lists = [place / "test.list" for place in (folder, folder.parent) if (place / "test.list").is_file()]
     test = set(lists[0].read_text().split()) if lists else set()
     for scan in clean(folder.glob("*/mri_norm2.h5")):
@@ -576,8 +579,9 @@ def deeplesion(folder):
             continue
         test = parts[name[:6]] - {"1"} or (not parts[name[:6]] and int(name[:6]) % 5 == 0)
         heights = [h for height in heights for h in height]
-        cases.append(make_case(name[:-4], name[:6], "test" if test else "train", (picture, table),
-                               partial(load_boxes, boxes=boxes, spacing=spacings[0]), height=float(np.mean(heights)) if heights else None))
+        load = partial(load_boxes, boxes=boxes, spacing=spacings[0])
+        cases.append(make_case(name[:-4], name[:6], "test" if test else "train", (picture, table), load,
+                               height=float(np.mean(heights)) if heights else None))
     mixed = sum("1" in p and len(p) > 1 for p in parts.values())
     return cases, [text for count, text in (
         (noisy, f"{noisy} lesions marked Possibly_noisy are dropped"),

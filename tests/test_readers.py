@@ -107,13 +107,14 @@ def test_all_sixteen_are_found(found):
     assert list(found) == sorted(data.DATASETS)
 
 
-def test_acdc_la_brats_gli_and_deeplesion_are_listed(found):
+def test_acdc_la_brats_gli_and_deeplesion_are_listed(stand_ins, found):
     assert {c.patient for c in found["acdc"].cases if c.split == "test"} == {"patient101", "patient104"}
     assert "patient003_frame04" in names(found["acdc"].cases, "train")  # ED is not always frame 01
     assert len(found["acdc"].cases) == 14
     assert set(names(found["la"].cases, "test")) == {"4498CA6DZWELOXCBRYRF", "67W9VHOSUK9Z2UDA96WQ"}
     gli = found["brats_gli"].cases
-    assert {c.kind for c in gli} == {"t1c->t2w", "t2w->t1c"} and len(gli) == 2 * 9
+    folders = {p.name for p in stand_ins.glob("*-GLI-*/**/BraTS-GLI-*") if p.is_dir()}
+    assert sorted(c.name for c in gli) == sorted(f"{n}-{pair}" for n in folders for pair in ("t1c-t2w", "t2w-t1c"))
     assert {c.patient for c in gli if c.split == "test"} == {"BraTS-GLI-00001", "BraTS-GLI-00013"}
     assert {c.patient for c in found["deeplesion"].cases if c.split == "test"} == {f"{p:06d}" for p in (11, 13, 14, 17, 19, 20)}
 
@@ -397,7 +398,7 @@ def test_a_case_without_a_healthy_mask_is_for_inference_and_said(stand_ins, tmp_
     hits = data.find(stand_ins, ["brats_local"])
     data.prepare(hits, tmp_path)
     out = capsys.readouterr().out
-    assert out.count("1 of 8 cases lack a file, so that they are neither trained on nor scored: BraTS-GLI-00001-000") == 1
+    assert out.count("1 of 8 cases lack a file and are neither trained on nor scored: BraTS-GLI-00001-000") == 1
     assert not (tmp_path / "brats_local/BraTS-GLI-00001-000").exists()
 
 
@@ -690,6 +691,12 @@ def test_a_patient_on_the_border_is_trained_on():
     assert readers.held_out(patients[1:]) == {"p09"}  # 3 of 19
 
 
+def test_one_patient_of_each_anatomy_still_leaves_a_test_case():
+    hit = made(3, "ldct", patient=lambda i: ["C052", "L004", "N012"][i])
+    data.settle(hit)
+    assert [c.split for c in hit.cases] == ["train", "train", "test"]
+
+
 def test_a_single_patient_is_never_held_out():
     hit = made(3, patient=lambda i: "one", split="test")
     data.settle(hit)
@@ -699,7 +706,7 @@ def test_a_single_patient_is_never_held_out():
 def test_official_splits_fall_back_aloud():
     hit = made(10, "acdc")
     data.settle(hit)
-    assert names(hit.cases, "test") == ["c7", "c8", "c9"] and "no official test case is here: held out are 3 patients" in hit.notes[0]
+    assert names(hit.cases, "test") == ["c8", "c9"] and "no official test case is here: held out are 2 patients" in hit.notes[0]
 
 
 def test_a_patient_of_both_parts_is_left_out_of_training():
