@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -10,18 +10,26 @@ BIN = .venv/bin
 	touch $@
 
 test: .venv/done
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+# What takes minutes: a small model has to learn something.
+test-slow: .venv/done
+	$(BIN)/python -m pytest -q -s -m slow tests
 
 # Stand-in data in native layouts, a few minutes of training, one prompt, scores, a figure: all below demo/.
+DEMO_DATASETS = acdc la msd_hippocampus Dataset801_NerveUltrasound Dataset802_MsT1ToFlair
+DEMO_STEPS ?= 400
+DEMO_ACDC = demo/data/ACDC/database
+
 demo: .venv/done
-	rm -rf demo/run
-	$(BIN)/python phantom.py --out demo/data
-	$(BIN)/torchrun --standalone --nproc_per_node=1 train.py --data_root demo/data --store demo/store --out demo/run --model demo \
-	    --datasets $(DEMO_DATASETS) --optimizer muon --batch_size 16 --steps $(DEMO_STEPS) --save_every 200
-	$(BIN)/python infer.py --checkpoint demo/run/last.pt --prompt $(DEMO_CASE)002/patient002_frame01.nii.gz --input $(DEMO_INPUT) \
-	    --output demo/answer.nii.gz
-	$(BIN)/python eval.py --data_root demo/data --store demo/store --datasets $(DEMO_DATASETS) --checkpoint demo/run/last.pt --out demo/run/eval
-	@echo "figure: demo/run/eval/examples.png   answer: demo/answer.nii.gz"
+	rm -rf demo
+	$(BIN)/python phantom.py --out demo/data --datasets $(DEMO_DATASETS)
+	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=1 train.py --data_root demo/data --store demo/store \
+	    --out demo/run --model demo --optimizer muon --steps $(DEMO_STEPS) --log_every 50
+	$(BIN)/python infer.py --checkpoint demo/run/last.pt --prompt $(DEMO_ACDC)/training/patient001/patient001_frame01.nii.gz \
+	    --input $(DEMO_ACDC)/testing/patient101/patient101_frame01.nii.gz --output demo/answer.nii.gz
+	$(BIN)/python eval.py --data_root demo/data --store demo/store --checkpoint demo/run/last.pt --out demo/run/eval
+	@echo "figure: demo/run/eval/examples.png; the answer to the prompt: demo/answer.nii.gz; training: demo/run/samples.png"
 
 clean:
 	rm -rf .venv demo .pytest_cache

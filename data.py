@@ -691,13 +691,17 @@ class Episodes(torch.utils.data.Dataset):
     def step(self, step):
         return draw_step(self.seed, step, self.seg_share, self.mim_share, self.objective, self.num_prompts)
 
-    def __getitem__(self, key):
-        step, i = key
+    def draw(self, step, i):
+        """Which kind of sample this is: (objective, prompts, dataset name), and the generator for all the rest of it."""
         objective, prompts, p_seg = self.step(step)
         rng = np.random.default_rng([self.seed, step, i])
         group = bool(rng.random() < p_seg)
         name = self.groups[group][rng.choice(len(self.groups[group]), p=self.weights[group])]
-        cases = self.cases[name]
+        return objective, prompts, name, rng
+
+    def __getitem__(self, key):
+        objective, prompts, name, rng = self.draw(*key)
+        cases, group = self.cases[name], self.store.datasets[name].colored
         at, k = (int(v) for v in self.slices[name][rng.integers(len(self.slices[name]))])
         if self.empty_slices and rng.random() < self.empty_slices:
             k = int(rng.integers(cases[at].slices))
@@ -736,8 +740,8 @@ class Episodes(torch.utils.data.Dataset):
         y, x = rng.integers(0, full - size + 1, 2)
         valid = np.ones(image.shape, np.uint8) if valid is None else valid.astype(np.uint8)
         image, label, valid = torch.from_numpy(image), torch.from_numpy(label), torch.from_numpy(valid)
-        image = resize_images(image, (full, full))
-        label = resize_labels(label, (full, full)) if colored else resize_images(label, (full, full))
+        image = resize_images(image, (full, full)).clamp(0, 1)  # rounding
+        label = resize_labels(label, (full, full)) if colored else resize_images(label, (full, full)).clamp(0, 1)
         valid = resize_labels(valid, (full, full))
         return tuple(t[y:y + size, x:x + size].contiguous() for t in (image, label, valid))
 

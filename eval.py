@@ -107,18 +107,21 @@ def score(prediction, case, dataset):
         found = overlap(prediction, case["truth"], range(1, len(dataset.labels) + 1))
         return {dataset.labels[c - 1]: s for c, s in found.items()}
     valid = case["valid"] if case["valid"] is not None else [None] * len(prediction)
-    every = np.array([image_scores(*s) for s in zip(prediction, case["truth"], valid)])
-    if np.isnan(every).all(0).any():
-        every = np.where(np.isnan(every).all(0), np.nan, every)
-        return {"image": tuple(float("nan") if np.isnan(c).all() else float(np.nanmean(c)) for c in every.T)}
-    return {"image": tuple(float(v) for v in np.nanmean(every, 0))}
+    return {"image": tuple(known_mean(v) for v in zip(*(image_scores(*s) for s in zip(prediction, case["truth"], valid))))}
+
+
+def known_mean(values):
+    """The mean of what is not nan; nan if nothing is."""
+    values = [v for v in values if not np.isnan(v)]
+    return float(np.mean(values)) if values else float("nan")
 
 
 def summary(scores, dataset):
     """The mean over cases: {"mIoU", "Dice", "per_class"}, or {"MAE", "PSNR", "SSIM"}. scores: a list of `score`'s answers."""
     scores = [s for s in scores if s]
     if not dataset.colored:
-        return dict(zip(("MAE", "PSNR", "SSIM"), np.nanmean([s["image"] for s in scores], 0).tolist() if scores else [None] * 3))
+        means = [known_mean(v) for v in zip(*(s["image"] for s in scores))] or [float("nan")] * 3
+        return {m: None if np.isnan(v) else v for m, v in zip(("MAE", "PSNR", "SSIM"), means)}
     case_means = np.array([np.mean(list(s.values()), 0) for s in scores])
     per_class = {name: [s[name] for s in scores if name in s] for name in dataset.labels}
     return {"mIoU": float(case_means[:, 0].mean()) if scores else None, "Dice": float(case_means[:, 1].mean()) if scores else None,

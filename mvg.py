@@ -27,6 +27,7 @@ Pixels are single-channel floats in [0, 1]. `hidden == True` means the model has
 
 import os
 import pickle
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -515,8 +516,10 @@ def load_checkpoint(path, device="cpu"):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint: pass a file that train.py wrote, such as runs/.../last.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError,
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError,
             UnicodeDecodeError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0][:80] if str(error) else 'empty'}): "
                          "pass a file that train.py wrote, such as last.pt") from None

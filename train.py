@@ -88,7 +88,7 @@ def parse(argv=None):
         if "settings" not in saved:
             raise DataError(f"{args.resume} holds a model but no run to go on with: pass the last.pt of a run folder")
         given, resume = {a.dest for a in p._actions if any(o in (argv if argv is not None else os.sys.argv) for o in a.option_strings)}, args.resume
-        p.set_defaults(**{k: v for k, v in saved["settings"].items() if k not in given})
+        p.set_defaults(**{k: v for k, v in saved["settings"].items() if k not in given and k not in ("resume", "stop_at", "device")})
         args = p.parse_args(argv)
         args.resume, args.out = resume, args.out if "out" in given else str(Path(resume).parent)
         for name in FIXED:

@@ -1,0 +1,74 @@
+"""How fast it is, as ratios measured in one run: absolute times on a shared machine say little.
+
+    python bench.py --model tiny --image_size 448
+
+infer_cached: a further slice of a volume, its prompt encoded before, against encoding the prompt again for the slice; the
+same weights and inputs, in turn.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+import data
+import mvg
+
+
+def in_turn(device, repeats, **functions):
+    """Time functions in turn, A B A B ..., after a warm-up: {name: [seconds, ...]}."""
+    seconds = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            elif device.type == "mps":
+                torch.mps.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+@torch.no_grad()
+def infer_cached(model, device, batch, repeats):
+    """Seconds a slice with and without the prompt cache, for each number of prompts."""
+    size, result = model.config.image_size, {}
+    for n in (1, 2, 4):
+        images, labels = torch.rand(batch, n + 1, 1, size, size, device=device), torch.rand(batch, n + 1, 1, size, size, device=device)
+        cache = model.encode_prompts(images[:, :n], labels[:, :n])
+        seconds = in_turn(device, repeats, cached=lambda: model.predict(cache, images[:, n]),
+                          whole=lambda: model.predict(model.encode_prompts(images[:, :n], labels[:, :n]), images[:, n]))
+        ours, reference = (statistics.median(seconds[k]) / batch for k in ("cached", "whole"))
+        ratio = statistics.median(w / c for w, c in zip(seconds["whole"], seconds["cached"]))
+        result[f"{n} prompts"] = {"ours_s": round(ours, 5), "reference_s": round(reference, 5), "ratio": round(ratio, 2)}
+    return result
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--model", default="tiny", choices=list(mvg.SIZES), help="size")
+    p.add_argument("--image_size", type=int, help="pixels (default: the size's own)")
+    p.add_argument("--layout", default="fused", choices=("fused", "sequence"), help="layout")
+    p.add_argument("--batch_size", type=int, default=1, help="slices at once")
+    p.add_argument("--repeats", type=int, default=7, help="timed repetitions, after one that is not")
+    p.add_argument("--device", help="cpu, mps, cuda ... (default: the best there is)")
+    p.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = p.parse_args(argv)
+    device, reason = mvg.pick_device(args.device)
+    torch.manual_seed(0)
+    model = mvg.build(args.model, args.image_size, args.layout).to(device).eval()
+    result = {"infer_cached": infer_cached(model, device, args.batch_size, args.repeats)}
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{args.model}, image {model.config.image_size}, {args.layout}, batch {args.batch_size}, {device} ({reason})")
+    for name, r in result["infer_cached"].items():
+        print(f"infer_cached {name}: {r['ours_s']:.4f} s a slice, without the cache {r['reference_s']:.4f} s, ratio {r['ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    data.command_line(main)

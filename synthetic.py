@@ -1,0 +1,241 @@
+"""Endless synthetic tasks: train with no data at all (`--datasets synthetic`), or beside real data.
+
+A task is an invented anatomy: a body with organs of random shape (blobs, rings, crescents, tubes, mirrored pairs) or, now
+and then, plain random regions. Its subjects differ as people do (place, size, turn, organ by organ, a smooth warp, an organ
+missing) and are imaged with a random contrast, texture, blur, bias field and noise. A task asks for a random subset of the
+structures, or is image-to-image: denoise, inpaint, another contrast, sharpen, draw a box around a structure. Nothing of it
+repeats, so that a model cannot remember a dataset and has to read the prompt. The idea that random shapes and contrasts teach
+what transfers to scans is that of SynthSeg and SynthMorph.
+
+    rng = np.random.default_rng([seed, index])
+    images, labels = task(rng, pairs=2, size=64, colored=True)    # (S, H, W) each; labels are classes, or floats in [0, 1]
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SHAPES = ("blob", "blob", "blob", "ring", "crescent", "tube", "mirrored")
+IMAGE_TASKS = ("denoise", "inpaint", "contrast", "contrast", "sharpen", "box")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random fields
+
+def noise(rng, *shape):
+    """Standard normal numbers, float32."""
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+
+def smooth(rng, maps, size, cells):
+    """Random smooth maps (maps, size, size) of about unit variance, with `cells` bumps along a side."""
+    coarse = noise(rng, 1, maps, cells + 3, cells + 3)
+    fine = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)[0]
+    return fine * 1.4
+
+
+def blur(images, sigma):
+    """Gaussian blur of (S, H, W), sigma in pixels."""
+    if sigma < 0.3:
+        return images
+    reach = max(1, math.ceil(3 * sigma))
+    kernel = torch.exp(-torch.arange(-reach, reach + 1) ** 2 / (2 * sigma ** 2))
+    kernel = kernel / kernel.sum()
+    x = F.pad(images[:, None], (reach,) * 4, mode="replicate" if reach >= images.shape[-1] else "reflect")
+    return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Anatomy: what all subjects of a task share, in body coordinates, x and y in [-1, 1]
+
+def draw_anatomy(rng):
+    """A list of structures, painted in order; the first one is the body."""
+    body = {"shape": "blob", "at": rng.uniform(-0.08, 0.08, 2), "radius": rng.uniform(0.7, 1.1), "aspect": rng.uniform(0.65, 1.0),
+            "turn": rng.uniform(-0.2, 0.2) + rng.choice([0, math.pi / 2]), "wobble": wobble(rng, 0.06)}
+    structures = [body]
+    if rng.random() < 0.6:  # a layer of fat or muscle
+        structures.append({**body, "radius": body["radius"] * rng.uniform(0.8, 0.95)})
+    for _ in range(rng.integers(3, 15)):
+        radius = math.exp(rng.uniform(math.log(0.06), math.log(0.42)))
+        s = {"shape": str(rng.choice(SHAPES)), "at": rng.uniform(-0.65, 0.65, 2) * (1 - 0.6 * radius), "radius": radius,
+             "aspect": rng.uniform(0.45, 1.0), "turn": rng.uniform(0, math.pi), "wobble": wobble(rng, rng.choice([0.04, 0.12, 0.25])),
+             "bite": rng.uniform(0.35, 0.8), "bend": rng.uniform(-2, 2)}
+        structures.append(s)
+        if s["shape"] == "ring":  # with its inside, as a heart's chamber in its wall
+            structures.append({**s, "shape": "blob", "radius": radius * s["bite"]})
+        if s["shape"] == "mirrored":
+            structures.append({**s, "at": s["at"] * (-1, 1), "turn": math.pi - s["turn"], "wobble": [(k, c, math.pi * k - p) for k, c, p in s["wobble"]]})
+    return structures
+
+
+def wobble(rng, strength):
+    """Fourier terms of an outline: (order, amplitude, phase)."""
+    return [(k, float(rng.normal(0, strength / k)), float(rng.uniform(0, 2 * math.pi))) for k in range(2, 6)]
+
+
+def inside(s, x, y):
+    """Where a structure is: (H, W) bool, from coordinates x, y (H, W)."""
+    c, n = math.cos(s["turn"]), math.sin(s["turn"])
+    u, v = x - float(s["at"][0]), y - float(s["at"][1])
+    u, v = (c * u + n * v) / s["radius"], (-n * u + c * v) / (s["radius"] * s["aspect"])
+    if s["shape"] == "tube":
+        v = v + s["bend"] * (u * u - 0.3) * 0.3
+        return (u.abs() < 1.6) & (v.abs() < 0.28)
+    angle = torch.atan2(v, u)
+    edge = 1 + sum(a * torch.cos(k * angle + p) for k, a, p in s["wobble"])
+    filled = u * u + v * v < edge * edge
+    if s["shape"] == "crescent":
+        w = u - s["bite"]
+        return filled & ~(w * w + v * v < 0.7 * edge * edge)
+    return filled
+
+
+def draw_subject(rng, structures, size, spread):
+    """One subject's map of structures, (H, W) int64: 0 outside, i + 1 in structure i. spread scales how subjects differ."""
+    line = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    shift, turn, scale = rng.normal(0, 0.1, 2) * spread, rng.normal(0, 0.12) * spread, math.exp(rng.normal(0, 0.12) * spread)
+    warp = smooth(rng, 2, size, int(rng.integers(2, 6))) * float(abs(rng.normal(0, 0.05)) * spread)
+    c, n = math.cos(turn) / scale, math.sin(turn) / scale
+    x, y = c * (x - shift[0]) + n * (y - shift[1]) + warp[0], -n * (x - shift[0]) + c * (y - shift[1]) + warp[1]
+    regions = torch.zeros(size, size, dtype=torch.int64)
+    for i, s in enumerate(structures):
+        if i and rng.random() < 0.05:  # missing in this subject
+            continue
+        own = {**s, "at": s["at"] + rng.normal(0, 0.04, 2) * spread, "radius": s["radius"] * math.exp(rng.normal(0, 0.1) * spread),
+               "aspect": s["aspect"] * math.exp(rng.normal(0, 0.08) * spread), "turn": s["turn"] + rng.normal(0, 0.12) * spread}
+        regions[inside(own, x, y)] = i + 1
+    return regions
+
+
+def draw_regions(rng, pairs, size, spread):
+    """Random regions without a plan, warped from subject to subject: (S, H, W) int64, and how many there are."""
+    count = int(rng.integers(4, 13))
+    maps = smooth(rng, count, size, int(rng.integers(3, 8)))
+    line = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    subjects = []
+    for _ in range(pairs):
+        warp = smooth(rng, 2, size, int(rng.integers(2, 6))) * float(0.08 * spread)
+        turn, scale = rng.normal(0, 0.15) * spread, math.exp(rng.normal(0, 0.12) * spread)
+        c, n = math.cos(turn) / scale, math.sin(turn) / scale
+        grid = torch.stack([c * x + n * y + warp[0] + rng.normal(0, 0.08) * spread, -n * x + c * y + warp[1] + rng.normal(0, 0.08) * spread], -1)
+        subjects.append(F.grid_sample(maps[None], grid[None].float(), padding_mode="reflection", align_corners=False)[0].argmax(0))
+    return torch.stack(subjects), count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Imaging: what a scanner makes of a subject
+
+def draw_contrast(rng, count):
+    """A tissue's mean, texture strength and texture scale, for `count` tissues; now and then two tissues look alike."""
+    mean = rng.uniform(0.05, 1.0, count)
+    if rng.random() < 0.5:  # outside of the body it is dark
+        mean[0] = rng.uniform(0, 0.08)
+    if rng.random() < 0.4:  # most tissue in a narrow band, as soft tissue in CT
+        mean[1:] = rng.uniform(0.2, 0.8) + 0.25 * (mean[1:] - 0.5)
+    return mean, np.abs(rng.normal(0, 0.05, count)), int(rng.integers(6, 24))
+
+
+def render(rng, regions, contrast, size):
+    """Clean images (S, H, W) of region maps: tissue means, each subject's a little different, with texture."""
+    mean, rough, cells = contrast
+    images = []
+    for r in regions:
+        own = torch.from_numpy(np.clip(mean + rng.normal(0, 0.03, len(mean)), 0, 1).astype(np.float32))
+        images.append(own[r] + torch.from_numpy(rough.astype(np.float32))[r] * smooth(rng, 1, size, min(cells, size // 2))[0])
+    return torch.stack(images)
+
+
+def acquire(rng, images, clean=False):
+    """Blur, bias field, resolution, gamma and noise of one scanner, (S, H, W) -> (S, H, W) in [0, 1]."""
+    size = images.shape[-1]
+    images = blur(images, float(rng.uniform(0, 0.012)) * size)
+    if rng.random() < 0.5:
+        images = images * torch.exp(smooth(rng, len(images), size, 2) * float(rng.uniform(0, 0.25)))
+    if rng.random() < 0.2:
+        small = max(8, int(size * rng.uniform(0.35, 0.8)))
+        images = F.interpolate(F.interpolate(images[:, None], (small, small), mode="area"), (size, size), mode="bilinear", align_corners=False)[:, 0]
+    images = images.clamp(0, 1) ** float(math.exp(rng.normal(0, 0.2)))
+    return images if clean else add_noise(rng, images, float(abs(rng.normal(0, 0.05))))
+
+
+def add_noise(rng, images, strength):
+    """Gaussian, Rician or speckle noise, white or a little smoothed."""
+    kind, grain = rng.choice(["gauss", "rician", "speckle"]), float(rng.choice([0, 0, 0.7, 1.2]))
+    a, b = (blur(noise(rng, *images.shape), grain) * (1 + 2.2 * grain) * strength for _ in range(2))
+    noisy = images + a if kind == "gauss" else torch.sqrt((images + a) ** 2 + b ** 2) if kind == "rician" else images * (1 + 3 * a)
+    return noisy.clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+def task(rng, pairs, size, colored):
+    """`pairs` subjects of one new task: images (S, H, W) float32 in [0, 1], labels (S, H, W) float32.
+
+    colored: labels are classes 0, 1, ... of a random subset of the structures; else they are images in [0, 1].
+    Deterministic in the generator.
+    """
+    spread = float(rng.choice([0.6, 1.0, 1.5]))
+    if rng.random() < 0.8:
+        structures = draw_anatomy(rng)
+        regions = torch.stack([draw_subject(rng, structures, size, spread) for _ in range(pairs)])
+        count = len(structures) + 1
+    else:
+        regions, count = draw_regions(rng, pairs, size, spread)
+    contrast = draw_contrast(rng, count)
+    images = render(rng, regions, contrast, size)
+    if colored:
+        return acquire(rng, images), draw_classes(rng, regions, count)
+    return image_task(rng, regions, count, images, size)
+
+
+def draw_classes(rng, regions, count):
+    """Classes (S, H, W) of a random subset of structures, some of them joined; those of the prompts and the task are preferred."""
+    area = torch.stack([torch.bincount(r.flatten(), minlength=count) for r in regions]).float() / regions[0].numel()  # (S, count)
+    candidates = [i for i in range(1, count) if (area[:, i] > 0.002).all() and area[:, i].max() < 0.5] or list(range(1, count))
+    wanted = rng.permutation(candidates)[:int(rng.integers(1, 7))]
+    table = torch.zeros(count)
+    for n, i in enumerate(wanted):
+        table[int(i)] = n + 1 if n == 0 or rng.random() > 0.1 else n  # now and then two structures are one class
+    return table[regions]
+
+
+def image_task(rng, regions, count, images, size):
+    """(images, labels) of an image-to-image task."""
+    kind = str(rng.choice(IMAGE_TASKS))
+    clean = acquire(rng, images, clean=True)
+    if kind == "denoise":
+        return add_noise(rng, clean, float(rng.uniform(0.05, 0.2))), clean
+    if kind == "sharpen":
+        return blur(clean, float(rng.uniform(0.012, 0.04)) * size).clamp(0, 1), clean
+    if kind == "inpaint":
+        clean = add_noise(rng, clean, float(abs(rng.normal(0, 0.02))))
+        holes = torch.stack([smooth(rng, 1, size, int(rng.integers(2, 6)))[0] for _ in clean])
+        holes = holes > holes.flatten(1).quantile(float(rng.uniform(0.75, 0.95)), dim=1)[:, None, None]
+        return clean.masked_fill(holes, 0.0), clean
+    if kind == "box":
+        clean = add_noise(rng, clean, float(abs(rng.normal(0, 0.03))))
+        area = torch.stack([torch.bincount(r.flatten(), minlength=count) for r in regions]).float() / regions[0].numel()
+        small = [i for i in range(1, count) if area[:, i].max() < 0.15 and area[:, i].min() > 0.001] or [count - 1]
+        return clean, boxed(clean, regions, int(rng.choice(small)))
+    other = acquire(rng, render(rng, regions, draw_contrast(rng, count), size), clean=True)
+    strength = float(abs(rng.normal(0, 0.03)))
+    return add_noise(rng, clean, strength), other
+
+
+def boxed(images, regions, structure):
+    """Images (S, H, W) with a white box, a 256th of the side thick (at least one pixel), around a structure."""
+    images, width = images.clone(), max(1, images.shape[-1] // 256)
+    for image, r in zip(images, regions):
+        rows, columns = torch.where(r == structure)
+        if len(rows):
+            top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+            box = torch.zeros_like(image, dtype=torch.bool)
+            box[max(0, top - width):bottom + width, max(0, left - width):right + width] = True
+            box[top:bottom, left:right] = False
+            image[box] = 1.0
+    return images

@@ -1,0 +1,37 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "data" / "real"
+FIVE = ["acdc", "la", "msd_hippocampus", "Dataset801_NerveUltrasound", "Dataset802_MsT1ToFlair"]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import data
+import phantom
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """A data root with stand-ins of five datasets: three kinds of MRI, ultrasound pictures, image-to-image."""
+    root = tmp_path_factory.mktemp("stand_ins")
+    phantom.write(root, 0, FIVE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def store(stand_ins, tmp_path_factory):
+    """The prepared store of those stand-ins."""
+    root = tmp_path_factory.mktemp("store")
+    data.prepare(data.find(stand_ins), root)
+    return data.Store(root)
+
+
+@pytest.fixture(scope="session")
+def real():
+    if not REAL.is_dir():
+        pytest.skip(f"real scans are not here ({REAL})")
+    return REAL

@@ -1,0 +1,294 @@
+"""Inference: the right place, the right values, and one line for bad input."""
+
+import json
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from PIL import Image
+
+import data
+import infer
+import mvg
+import readers
+from conftest import ROOT
+from test_train import failure
+
+
+class Echo(mvg.MVG):
+    """A model that answers with the label of its first prompt."""
+
+    def encode_prompts(self, images, labels):
+        return labels[:, 0]
+
+    def predict(self, cache, image):
+        return cache.expand_as(image).clone()
+
+    def predict_canvas(self, prompt_image, prompt_label, image):
+        return prompt_label.expand_as(image).clone()
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    model = Echo(mvg.build("demo", 64).config).eval()
+    monkeypatch.setattr(mvg, "load", lambda path, device="cpu": model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "m.pt"
+    mvg.save(path, mvg.build("demo", 32))
+    return path
+
+
+def volume(path, shape=(20, 24, 6), affine=None, seed=0, label=None):
+    """A NIfTI with noise, or with the label given."""
+    array = np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32) if label is None else label
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 3, 1.0]) if affine is None else affine), path)
+    return path
+
+
+def mask(shape=(20, 24, 6), values=(1, 2)):
+    label = np.zeros(shape, np.uint8)
+    label[3:9, 4:12, 1:] = values[0]
+    label[12:17, 14:20] = values[-1]
+    return label
+
+
+def command(checkpoint, *argv):
+    infer.main([str(a) for a in argv] + (["--checkpoint", str(checkpoint)] if checkpoint else []))
+
+
+# ---- from Python
+
+def test_predict_follows_the_type_of_the_label():
+    model, rng = mvg.build("demo", 32), np.random.default_rng(0)
+    image, new = rng.random((20, 24)), rng.random((50, 40))
+    label = np.zeros((20, 24), np.int16)
+    label[5:12, 5:15], label[14:18, 3:20] = 7, 300
+    answer = infer.predict(model, [(image, label)], new)
+    assert answer.shape == (50, 40) and answer.dtype == np.int16 and set(np.unique(answer)) <= {0, 7, 300}
+    answer = infer.predict(model, [(image, image.astype(np.float32))], new)
+    assert answer.shape == (50, 40) and answer.dtype == np.float32 and 0 <= answer.min() and answer.max() <= 1
+    assert infer.predict(model, [(image, label > 0)], new).max() <= 1
+    assert infer.predict(model, [(image, label), (new, np.zeros(new.shape, np.int16))], new).shape == (50, 40)
+
+
+def test_predict_from_a_path_equals_predict_from_a_model(checkpoint):
+    rng = np.random.default_rng(0)
+    image, label = rng.random((32, 32)), rng.integers(0, 3, (32, 32))
+    model = mvg.load(checkpoint)
+    assert np.array_equal(infer.predict(checkpoint, [(image, label)], image), infer.predict(model, [(image, label)], image))
+    assert np.array_equal(infer.predict(model, [(image, label)], image, votes=3), infer.predict(model, [(image, label)], image, votes=3))
+
+
+@pytest.mark.parametrize("prompts,image,words", (
+    ([], np.zeros((8, 8)), "no prompts"),
+    ([(np.zeros((8, 8)), np.zeros((8, 9), int))], np.zeros((8, 8)), "8x9 but its image is 8x8"),
+    ([(np.zeros((8, 8)), np.zeros((8, 8), int))], np.zeros((8, 8, 3)), "8x8x3"),
+    ([(np.zeros((8, 8)), np.zeros((8, 8), int))], np.full((8, 8), 255.0), "scale it to"),
+    ([(np.zeros((8, 8)), np.full((8, 8), -1))], np.zeros((8, 8)), "holds -1"),
+    ([(np.zeros((8, 8)), np.zeros((8, 8), int)), (np.zeros((8, 8)), np.zeros((8, 8)))], np.zeros((8, 8)), "some floats"),
+))
+def test_predict_says_what_is_wrong(prompts, image, words):
+    with pytest.raises(ValueError, match=words):
+        infer.predict(mvg.build("demo", 32), prompts, image)
+
+
+def test_more_prompts_than_trained_are_averaged():
+    model, rng = mvg.build("demo", 32), np.random.default_rng(0)  # trained with one
+    images, labels = torch.rand(3, 1, 32, 32), torch.rand(3, 1, 32, 32)
+    answers = infer.paint(model, images, labels, torch.rand(2, 1, 32, 32), "ar")
+    assert len(answers) == 3
+    model.config.max_prompts = 3
+    assert len(infer.paint(model, images, labels, torch.rand(2, 1, 32, 32), "ar")) == 1
+
+
+def test_a_batch_answers_as_one_by_one():
+    model, rng = mvg.build("demo", 32), np.random.default_rng(0)
+    stack, label = rng.random((5, 32, 32)).astype(np.float32), rng.random((1, 32, 32)).astype(np.float32)
+    whole = infer.predict_stack(model, [(stack[:1], label)], stack, False, "ar")
+    single = np.concatenate([infer.predict_stack(model, [(stack[:1], label)], stack[k:k + 1], False, "ar") for k in range(5)])
+    assert np.abs(whole - single).max() < 1e-5
+
+
+# ---- files: an echo of the prompt's label must come back where it was
+
+@pytest.mark.parametrize("codes", ("RAS", "LPS", "LAS", "PIR", "SLA"))
+def test_the_answer_lies_on_the_inputs_grid(tmp_path, echo, codes):
+    """The prompt stored as RAS, the input in another orientation and oblique: the echoed mask is in the same place."""
+    label = mask()
+    base = np.diag([1.5, 1.5, 4, 1.0])
+    tilt = np.eye(4)
+    tilt[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
+    volume(tmp_path / "a.nii.gz", affine=base)
+    volume(tmp_path / "a_label.nii.gz", affine=base, label=label)
+    plain = nibabel.Nifti1Image(np.random.default_rng(1).normal(size=label.shape).astype(np.float32), tilt @ base)
+    move = nibabel.orientations.ornt_transform(nibabel.io_orientation(plain.affine), nibabel.orientations.axcodes2ornt(codes))
+    stored = plain.as_reoriented(move)
+    stored.header["descrip"] = b"a scan"
+    nibabel.save(stored, tmp_path / "b.nii.gz")
+    command("any", "--prompt", tmp_path / "a.nii.gz", "--input", tmp_path / "b.nii.gz")
+    answer = nibabel.load(tmp_path / "b_mvg.nii.gz")
+    assert answer.shape == stored.shape and np.array_equal(answer.affine, nibabel.load(tmp_path / "b.nii.gz").affine)
+    assert answer.header["descrip"] == stored.header["descrip"] and answer.get_data_dtype() == np.uint8
+    expected = nibabel.Nifti1Image(label, tilt @ base).as_reoriented(move)
+    assert np.array_equal(np.asarray(answer.dataobj), np.asarray(expected.dataobj))
+    assert (answer.header["qform_code"], answer.header["sform_code"]) == (stored.header["qform_code"], stored.header["sform_code"])
+
+
+@pytest.mark.parametrize("kind", (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"))
+def test_every_kind_of_volume(tmp_path, echo, kind):
+    label = mask(values=(3, 200))
+    for name, array in (("a", np.random.default_rng(0).normal(size=label.shape).astype(np.float32)), ("a_seg", label)):
+        image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+        image.SetSpacing((0.7, 0.8, 2.5)), image.SetOrigin((10, -20, 5))
+        sitk.WriteImage(image, str(tmp_path / f"{name}{kind}"))
+    command("any", "--prompt", tmp_path / f"a{kind}", "--input", tmp_path / f"a{kind}")
+    written = tmp_path / f"a_mvg{'.mha' if kind == '.mhd' else kind}"
+    answer, source = sitk.ReadImage(str(written)), sitk.ReadImage(str(tmp_path / f"a{kind}"))
+    assert np.array_equal(sitk.GetArrayFromImage(answer).T, label)
+    for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(answer, get)() == pytest.approx(getattr(source, get)(), abs=1e-5)
+
+
+def test_pictures(tmp_path, echo):
+    label = mask()[:, :, 3].T
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(tmp_path / "a.jpg")
+    Image.fromarray(label * 100).save(tmp_path / "a_label.png")
+    Image.fromarray(rng.integers(0, 255, (48, 40), dtype=np.uint8)).save(tmp_path / "b.png")
+    command("any", "--prompt", tmp_path / "a.jpg", "--input", tmp_path / "b.png")
+    answer = np.array(Image.open(tmp_path / "b_mvg.png"))
+    assert answer.shape == (48, 40) and set(np.unique(answer)) == {0, 100, 200}
+    grown = np.kron(label * 100, np.ones((2, 2), np.uint8))
+    assert (answer == grown).mean() > 0.97
+
+
+def test_image_to_image_keeps_the_units_of_the_prompt_label(tmp_path, echo):
+    volume(tmp_path / "a.nii.gz")
+    x, y, z = np.meshgrid(*(np.linspace(0, 1, n) for n in (20, 24, 6)), indexing="ij")
+    target = (4000 + 1500 * np.sin(3 * x + z) * y).astype(np.float32)  # smooth: resampling must not matter
+    volume(tmp_path / "a_target.nii.gz", label=target)
+    volume(tmp_path / "b.nii.gz", seed=5)
+    command("any", "--prompt", tmp_path / "a.nii.gz", "--input", tmp_path / "b.nii.gz", "--output", tmp_path / "out.nii.gz")
+    answer = np.asarray(nibabel.load(tmp_path / "out.nii.gz").dataobj)
+    low, high = np.percentile(target, (0.5, 99.5))
+    assert answer.dtype == np.float32 and np.abs(answer - target.clip(low, high)).mean() < 0.1 * target.std()
+
+
+@pytest.mark.parametrize("image,label", (("a.nii", "a_label.nii"), ("a.nii.gz", "a_seg.nii.gz"), ("a.nii.gz", "a_gt.nii"), ("a.png", "a-mask.png"),
+                                         ("imagesTr/c_0000.nii.gz", "labelsTr/c.nii.gz"), ("imagesTr/c.nii.gz", "labelsTr/c.nii.gz"),
+                                         ("x/lgemri.nrrd", "x/laendo.nrrd"), ("images/p.jpg", "masks/p.png")))
+def test_the_label_is_found_by_the_usual_names(tmp_path, image, label):
+    for name in (image, label):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert infer.find_label(tmp_path / image) == tmp_path / label
+
+
+def test_warnings_for_classes_that_the_matching_slices_lack(tmp_path, echo, capsys):
+    label = mask()
+    label[:, :, 5] = 9
+    volume(tmp_path / "a.nii.gz"), volume(tmp_path / "a_label.nii.gz", label=label), volume(tmp_path / "b.nii.gz", (20, 24, 2))
+    command("any", "--prompt", tmp_path / "a.nii.gz", "--input", tmp_path / "b.nii.gz")
+    said = capsys.readouterr().out
+    assert "classes shown: 1, 2" in said and "lack 9" in said
+
+
+# ---- bad input
+
+def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, checkpoint, capsys):
+    good = [volume(tmp_path / "a.nii.gz"), volume(tmp_path / "a_label.nii.gz", label=mask())]
+    volume(tmp_path / "lonely.nii.gz")
+    volume(tmp_path / "small.nii.gz", label=mask((20, 24, 5)))
+    volume(tmp_path / "four.nii.gz", (8, 8, 4, 3))
+    volume(tmp_path / "empty.nii.gz", label=np.zeros((20, 24, 6), np.uint8))
+    nan = np.zeros((20, 24, 6), np.float32)
+    nan[3, 3, 3] = np.nan
+    volume(tmp_path / "nan.nii.gz", label=nan)
+    volume(tmp_path / "float.nii.gz", label=mask() * np.float32(0.3))
+    volume(tmp_path / "negative.nii.gz", label=mask().astype(np.int16) - 1)
+    whole = good[0].read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.nii.gz").write_text("hello")
+    (tmp_path / "note.txt").write_text("hello")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (tmp_path / "bad.nrrd").write_text("NRRD0004\ntype: short\n")
+    (tmp_path / "no.pt").write_bytes(b"no checkpoint")
+    rgb = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(rgb, np.eye(4)), tmp_path / "rgb.nii.gz")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    t = lambda name: tmp_path / name
+    for changed, words in (
+        ({"--input": t("missing.nii.gz")}, "missing.nii.gz: no such file"),
+        ({"--prompt": t("lonely.nii.gz")}, "pass --prompt_label"),
+        ({"--prompt_label": t("small.nii.gz")}, "20x24x5 but its image is 20x24x6"),
+        ({"--input": t("four.nii.gz")}, "8x8x4x3"),
+        ({"--input": t("cut.nii.gz")}, "cut.nii.gz cannot be read"),
+        ({"--input": t("text.nii.gz")}, "text.nii.gz cannot be read"),
+        ({"--input": t("note.txt")}, "unknown kind"),
+        ({"--input": t("bad.png")}, "bad.png cannot be read"),
+        ({"--input": t("bad.nrrd")}, "bad.nrrd cannot be read"),
+        ({"--input": t("nan.nii.gz")}, "1 voxels that are NaN"),
+        ({"--input": t("rgb.nii.gz")}, "RGB"),
+        ({"--prompt_label": t("float.nii.gz"), "--task": "seg"}, "0.3, which is no class"),
+        ({"--prompt_label": t("negative.nii.gz"), "--task": "seg"}, "label -1"),
+        ({"--prompt_label": t("empty.nii.gz")}, "is empty"),
+        ({"--checkpoint": t("no.pt")}, "no.pt is not a checkpoint"),
+        ({"--checkpoint": t("none.pt")}, "none.pt: no such checkpoint"),
+        ({"--output": t("out.png")}, "cannot hold the answer"),
+        ({"--output": t("nowhere/out.nii.gz")}, "there is no folder"),
+        ({"--output": t("a.nii.gz")}, "is the input itself"),
+        ({"--device": "cuda:7"}, "cuda:7"),
+        ({"--votes": "0"}, "at least 1"),
+    ):
+        argv = {"--prompt": good[0], "--input": good[0], "--checkpoint": checkpoint, **changed}
+        assert words in failure(capsys, infer.main, *[x for pair in argv.items() for x in pair]), changed
+        assert sorted(p.name for p in tmp_path.iterdir()) == before, changed
+
+
+def test_the_command_line_ends_with_status_2(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "infer.py"), "--prompt", "nothing.nii", "--input", "b.nii"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "nothing.nii" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, echo, monkeypatch):
+    volume(tmp_path / "a.nii.gz"), volume(tmp_path / "a_label.nii.gz", label=mask())
+    monkeypatch.setattr(nibabel, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        command("any", "--prompt", tmp_path / "a.nii.gz", "--input", tmp_path / "a.nii.gz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "a_label.nii.gz"]
+
+
+# ---- real scans
+
+def test_a_held_out_acdc_patient_lies_on_the_inputs_grid(real, tmp_path, checkpoint):
+    base = real / "ACDC" / "database"
+    source = base / "testing" / "patient037" / "patient037_frame01.nii.gz"
+    command(checkpoint, "--prompt", base / "training" / "patient001" / "patient001_frame01.nii.gz", "--input", source, "--output", tmp_path / "o.nii.gz")
+    answer, image = nibabel.load(tmp_path / "o.nii.gz"), nibabel.load(source)
+    assert answer.shape == image.shape and np.array_equal(answer.affine, image.affine)
+    assert set(np.unique(np.asarray(answer.dataobj))) <= {0, 1, 2, 3}
+    a, b = sitk.ReadImage(str(tmp_path / "o.nii.gz")), sitk.ReadImage(str(source))
+    assert a.GetSize() == b.GetSize() and a.GetOrigin() == b.GetOrigin() and a.GetDirection() == b.GetDirection()
+
+
+def test_real_nrrd_and_pictures(real, tmp_path, echo):
+    """An echo of a real prompt onto itself: LA (NRRD, 0/255) and the nerve ultrasound pictures."""
+    folder = sorted((real / "LA2018" / "Training Set").iterdir())[0]
+    command("any", "--prompt", folder / "lgemri.nrrd", "--input", folder / "lgemri.nrrd", "--output", tmp_path / "la.nrrd")
+    a, b = (sitk.ReadImage(str(p)) for p in (tmp_path / "la.nrrd", folder / "laendo.nrrd"))
+    x, y = (sitk.GetArrayFromImage(i) > 0 for i in (a, b))
+    assert a.GetSpacing() == b.GetSpacing() and 2 * (x & y).sum() / (x.sum() + y.sum()) > 0.95
+    picture = sorted((real / "Dataset801_NerveUltrasound" / "imagesTr").iterdir())[0]
+    command("any", "--prompt", picture, "--input", picture, "--output", tmp_path / "us.png")
+    truth = np.array(Image.open(infer.find_label(picture)))
+    answer = np.array(Image.open(tmp_path / "us.png"))
+    assert answer.shape == truth.shape and (answer == truth).mean() > 0.98
