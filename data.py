@@ -15,8 +15,11 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from heapq import nsmallest
 from pathlib import Path
 from typing import Callable
 
@@ -43,7 +46,9 @@ class Dataset:
     paper: tuple = ()  # the paper's (training, test) counts
     licence: str = ""
     address: str = ""
-    reader: Callable = field(default=None, compare=False)  # None: not read yet
+    reader: Callable = field(default=None, compare=False)
+    cut: tuple = (4, 1)   # training : test where no official split is at hand; the test cases are the last of the sorted ones
+    series: bool = False  # each series of ids (the letters before the number) is cut on its own
 
     @property
     def colored(self):
@@ -58,37 +63,58 @@ _WORD = ("liver", "spleen", "left kidney", "right kidney", "stomach", "gallbladd
 _BTCV = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "inferior vena cava",
          "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland")
 
+_BRATS_TERMS, _FIFTH = "BraTS terms, research only", "last fifth of the sorted cases"
+
+# A split rule that starts with "official" falls back on the cut where the download has no labelled test case.
 DATASETS = {d.name: d for d in (
-    Dataset("amos_ct", "AMOS22 CT", "abdomen", "ct", "segmentation", _AMOS, "", (240, 120), "see address", "zenodo.org/records/7262581"),
-    Dataset("amos_mri", "AMOS22 MRI", "abdomen", "mri", "segmentation", _AMOS, "", (60, 50), "see address", "zenodo.org/records/7262581"),
-    Dataset("word", "WORD", "abdomen", "ct", "segmentation", _WORD, "", (100, 20), "see address", "github.com/HiLab-git/WORD"),
-    Dataset("btcv", "BTCV", "abdomen", "ct", "segmentation", _BTCV, "", (21, 9), "see address", "synapse.org (syn3193805)"),
-    Dataset("microsegnet", "MicroSegNet", "pelvis", "ultrasound", "segmentation", ("prostate",), "", (55, 20), "see address",
-            "zenodo.org/records/10475293"),
-    Dataset("promise12", "PROMISE12", "pelvis", "mri", "segmentation", ("prostate",), "", (50, 30), "see address",
-            "zenodo.org/records/8026660"),
-    Dataset("brats_gli", "BraTS-GLI 2023", "brain", "mri", "synthesis", (), "", (1251, 219), "see address", "synapse.org (BraTS 2023)"),
-    Dataset("brats_local", "BraTS 2023 Local Synthesis", "brain", "mri", "inpainting", (), "", (1000, 251), "see address",
-            "synapse.org (BraTS 2023)"),
-    Dataset("ldct", "LDCT and Projection Data", "chest", "ct", "denoising", (), "", (200, 59), "see address",
-            "cancerimagingarchive.net (LDCT-and-Projection-data)"),
-    Dataset("chest_xray", "Chest X-ray lungs", "chest", "xray", "segmentation", ("lung",), "", (15, 6), "see address",
-            "Montgomery and Shenzhen sets"),
+    Dataset("amos_ct", "AMOS22 CT", "abdomen", "ct", "segmentation", _AMOS, "official: imagesTr / imagesVa, ids to 500",
+            (240, 120), "see address", "zenodo.org/records/7262581", partial(readers.amos, mri=False)),
+    Dataset("amos_mri", "AMOS22 MRI", "abdomen", "mri", "segmentation", _AMOS, "official: imagesTr / imagesVa, ids above 500",
+            (60, 50), "see address", "zenodo.org/records/7262581", partial(readers.amos, mri=True)),
+    Dataset("word", "WORD", "abdomen", "ct", "segmentation", _WORD, "official: imagesTr / imagesVal", (100, 20), "see address",
+            "github.com/HiLab-git/WORD", readers.word),
+    Dataset("btcv", "BTCV", "abdomen", "ct", "segmentation", _BTCV, "last 9 of 30 of the sorted cases", (21, 9), "see address",
+            "synapse.org (syn3193805)", readers.btcv, cut=(21, 9)),
+    Dataset("microsegnet", "MicroSegNet", "pelvis", "ultrasound", "segmentation", ("prostate",), "official: train / test folder",
+            (55, 20), "see address", "zenodo.org/records/10475293", readers.microsegnet),
+    Dataset("promise12", "PROMISE12", "pelvis", "mri", "segmentation", ("prostate",), "official: training_data / test_data folder",
+            (50, 30), "see address", "zenodo.org/records/8026660", readers.promise12),
+    Dataset("brats_gli", "BraTS-GLI 2023", "brain", "mri", "synthesis", (), "official: TrainingData / ValidationData folder",
+            (1251, 219), _BRATS_TERMS, "synapse.org (BraTS 2023)", readers.brats_gli, cut=(1251, 219)),
+    Dataset("brats_local", "BraTS 2023 Local Synthesis", "brain", "mri", "inpainting", (),
+            "last 251 of 1251 of the sorted cases, by patient", (1000, 251), _BRATS_TERMS, "synapse.org (BraTS 2023)",
+            readers.brats_local, cut=(1000, 251)),
+    Dataset("ldct", "LDCT and Projection Data", "chest", "ct", "denoising", (),
+            "last 59 of 259 of the sorted patients of each of C, L and N", (200, 59), "sources disagree, see address",
+            "cancerimagingarchive.net (LDCT-and-Projection-data)", readers.ldct, cut=(200, 59), series=True),
+    Dataset("chest_xray", "Chest X-ray lungs", "chest", "xray", "segmentation", ("lung",),
+            "last 6 of 21 of the sorted images of each of MCUCXR and CHNCXR", (15, 6), "see address",
+            "Montgomery and Shenzhen sets, Kaggle nikhilpandey360", readers.chest_xray, cut=(15, 6), series=True),
     Dataset("acdc", "ACDC", "chest", "mri", "segmentation", ("right ventricle", "myocardium", "left ventricle"),
             "official: training / testing folder", (100, 50), "CC BY-NC-SA 4.0",
             "humanheart-project.creatis.insa-lyon.fr/database", readers.acdc),
-    Dataset("la", "LA 2018", "chest", "mri", "segmentation", ("left atrium",), "official: Training Set / Testing Set folder",
-            (81, 20), "challenge terms, research only", "cardiacatlas.org/atriaseg2018-challenge", readers.la),
-    Dataset("deeplesion", "DeepLesion", "whole body", "ct", "detection", (), "", (25000, 7120), "NIH terms",
-            "nihcc.app.box.com/v/DeepLesion"),
+    Dataset("la", "LA 2018", "chest", "mri", "segmentation", ("left atrium",),
+            "official: Training Set / Testing Set folder (UA-MT: its lists)", (81, 20), "challenge terms, research only",
+            "cardiacatlas.org/atriaseg2018-challenge", readers.la),
+    Dataset("deeplesion", "DeepLesion", "whole body", "ct", "detection", (), "official: 1 / 2 and 3 in DL_info.csv, by patient",
+            (25000, 7120), "NIH terms", "nihcc.app.box.com/v/DeepLesion", readers.deeplesion),
     # Out of distribution: Medical Segmentation Decathlon
-    Dataset("msd_liver", "MSD Task03 Liver", "abdomen", "ct", "segmentation", ("liver", "cancer"), "last fifth of the sorted cases", (),
-            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
-    Dataset("msd_lung", "MSD Task06 Lung", "chest", "ct", "segmentation", ("cancer",), "last fifth of the sorted cases", (),
-            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
-    Dataset("msd_spleen", "MSD Task09 Spleen", "abdomen", "ct", "segmentation", ("spleen",), "last fifth of the sorted cases", (),
-            "CC BY-SA 4.0", "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_liver", "MSD Task03 Liver", "abdomen", "ct", "segmentation", ("liver", "cancer"), _FIFTH, (), "CC BY-SA 4.0",
+            "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_lung", "MSD Task06 Lung", "chest", "ct", "segmentation", ("cancer",), _FIFTH, (), "CC BY-SA 4.0",
+            "medicaldecathlon.com", readers.decathlon),
+    Dataset("msd_spleen", "MSD Task09 Spleen", "abdomen", "ct", "segmentation", ("spleen",), _FIFTH, (), "CC BY-SA 4.0",
+            "medicaldecathlon.com", readers.decathlon),
 )}
+
+
+def table():
+    """The datasets as a Markdown table, for the README."""
+    lines = ["| name | dataset | region | modality | task | classes | training / test split | paper | licence | from |", "|" + "---|" * 10]
+    for d in DATASETS.values():
+        lines.append(f"| `{d.name}` | {d.title} | {d.region} | {d.modality} | {d.task} | {len(d.labels) or ''} | {d.split} | "
+                     f"{' / '.join(map(str, d.paper))} | {d.licence} | {d.address} |")
+    return "\n".join(lines)
 
 
 @dataclass
@@ -96,20 +122,23 @@ class Found:
     dataset: Dataset
     root: Path
     cases: list
+    notes: list = field(default_factory=list)  # one line for everything that was passed over or decided
 
 
-def dataset_of_folder(folder):
-    """The `Found` of a folder, or None: a dataset of the table, a Decathlon task, or a folder in nnU-Net form."""
+def datasets_of_folder(folder, brats_pairs=readers.BRATS_PAIRS):
+    """The `Found`s of a folder: datasets of the table (AMOS is two), else a Decathlon task or a folder in nnU-Net form."""
+    hits = []
     for dataset in DATASETS.values():
-        if dataset.reader not in (None, readers.decathlon):
-            cases = dataset.reader(folder)
-            if cases is not None:
-                return Found(dataset, folder, cases)
-    for reader in (readers.decathlon, readers.nnunet):
+        if dataset.reader is not readers.decathlon:
+            answer = dataset.reader(folder, brats_pairs) if dataset.name == "brats_gli" else dataset.reader(folder)
+            cases, notes = answer if isinstance(answer, tuple) else (answer, [])
+            if cases or notes:
+                hits.append(Found(dataset, folder, cases, notes))
+    for reader in () if hits else (readers.decathlon, readers.nnunet):
         cases = reader(folder)
-        if cases is not None:
-            return Found(described_by_json(folder, reader), folder, cases)
-    return None
+        if cases:
+            return [Found(described_by_json(folder, reader), folder, cases)]
+    return hits
 
 
 def described_by_json(folder, reader):
@@ -132,40 +161,90 @@ def described_by_json(folder, reader):
     else:
         raise DataError(f"{folder / 'dataset.json'} has no labels: name the classes, or write \"labels\": \"image\"")
     if reader is readers.decathlon:
-        name = "msd_" + str(about.get("name") or folder.name.split("_", 1)[-1]).lower()
+        name = "msd_" + re.sub("[^a-z0-9]+", "_", str(about.get("name") or folder.name.split("_", 1)[-1]).lower())
         if name in DATASETS:
             return DATASETS[name]
     else:
         name = folder.name
-    split = "imagesTs if labelled, else the last fifth of the sorted cases" if reader is readers.nnunet else "last fifth of the sorted cases"
+    split = f"imagesTs if labelled, else the {_FIFTH}" if reader is readers.nnunet else _FIFTH
     return Dataset(name, str(about.get("name", name)), "", modality, "segmentation" if names else "synthesis", names, split,
                    licence=str(about.get("licence", about.get("license", ""))), address=str(about.get("reference", "")), reader=reader)
 
 
-def find(data_root, names=None, depth=5):
+def find(data_root, names=None, depth=5, brats_pairs=None):
     """Every dataset below a folder, known by its marks at any nesting: {name: Found}.
 
-    names: which to keep. Raises DataError for a missing or empty root, and for names that are unknown or not there.
+    names: which to keep; brats_pairs: what BraTS-GLI translates, "t1c:t2w" and the like (default: the authors', both ways).
+    Raises DataError for a missing or empty root, and for names that are unknown or not there.
     """
-    root = Path(data_root)
+    root, pairs = Path(data_root), brats_pairs or readers.BRATS_PAIRS
+    readers.check_brats_pairs(pairs)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder: pass the folder that holds the datasets")
     found, level = {}, [root]
     for _ in range(depth):
         below = []
         for folder in level:
-            hit = dataset_of_folder(folder)
-            if hit is None:
-                below += readers.clean(p for p in folder.iterdir() if p.is_dir())
-            elif hit.dataset.name in found:
-                print(f"{hit.dataset.name}: found at {found[hit.dataset.name].root} and again at {hit.root}, which is left out")
-            else:
-                found[hit.dataset.name] = hit
+            hits = datasets_of_folder(folder, pairs)
+            for hit in hits:
+                if hit.dataset.name in found:
+                    join(found[hit.dataset.name], hit)
+                else:
+                    found[hit.dataset.name] = hit
+            if not hits:
+                below += readers.folders(folder.iterdir())
         level = below
     check_names(names, found, root)
     if not found:
         raise DataError(f"{root} holds no dataset that is known here: unpack one into it, for example ACDC, or a folder in nnU-Net form")
+    for hit in found.values():
+        settle(hit)
     return {n: f for n, f in sorted(found.items()) if not names or n in names}
+
+
+def join(first, more):
+    """Add what another folder holds of a dataset of the table: cases whose names are new, or complete now. A user's own
+    dataset is one folder."""
+    cases = {c.name: c for c in first.cases}
+    own = first.dataset.name not in DATASETS
+    new = [] if own else [c for c in more.cases if c.name not in cases or cases[c.name].split == "inference"]
+    first.cases = list({**cases, **{c.name: c for c in new}}.values())
+    first.notes += more.notes + [f"{len(new)} cases of {more.root} are added to those of {first.root}"] * (len(new) > 0)
+    if len(new) < len(more.cases):
+        first.notes.append(f"{more.root} is left out, {first.root} has its name" if own else
+                           f"{len(more.cases) - len(new)} cases of {more.root} are left out, {first.root} has cases of the same name")
+
+
+def settle(found):
+    """Give every case its final split, by patient: official where the download has labelled test cases, else the cut of the
+    dataset's row. A dataset of one patient has no test case."""
+    dataset, notes = found.dataset, found.notes
+    waiting = [c.name for c in found.cases if c.split == "inference"]
+    if waiting:
+        notes.append(f"{len(waiting)} of {len(found.cases)} cases lack a file and are neither trained on nor scored: "
+                     + ", ".join(waiting[:5]) + (" ..." if len(waiting) > 5 else ""))
+    cases = [c for c in found.cases if c.split != "inference"]
+    if len({c.patient for c in cases}) == 1:
+        for case in cases:
+            case.split = "train"
+    elif cases and all(c.split == "train" for c in cases):
+        series = {}
+        for case in cases:
+            series.setdefault(re.match(r"\D*", case.patient)[0] if dataset.series else "", []).append(case.patient)
+        test = set().union(*(readers.held_out(patients, *dataset.cut) for patients in series.values()))
+        test = test or readers.held_out([c.patient for c in cases], *dataset.cut)
+        for case in cases:
+            case.split = "test" if case.patient in test else "train"
+        if dataset.split.startswith("official"):
+            notes.append(f"no official test case is here: held out are {len(test)} patients, the last {dataset.cut[1]} of "
+                         f"{sum(dataset.cut)} of the sorted cases")
+    test = {c.patient for c in cases if c.split == "test"}
+    clash = [c for c in cases if c.split == "train" and c.patient in test]
+    for case in clash:
+        case.split = "inference"
+    if clash:
+        notes.append(f"{len(clash)} training cases are of patients who are in test, too, and are left out: "
+                     + ", ".join(c.name for c in clash[:5]) + (" ..." if len(clash) > 5 else ""))
 
 
 def check_names(names, there, where):
@@ -361,7 +440,8 @@ def prepare_case(case, dataset):
         arrays["label"] = np.ascontiguousarray(label, np.uint8)
         label_scale = None
     else:
-        label_scale = intensity_range(pair.label, dataset.modality)
+        # A hole is filled in the scale of the picture around it; other labels have their own.
+        label_scale = scale if dataset.task == "inpainting" else intensity_range(pair.label, dataset.modality)
         arrays["label"] = np.rint(to_unit(label, label_scale) * 65535).astype(np.uint16)
     if pair.valid is not None:
         arrays["valid"] = np.ascontiguousarray(cut.cut(pair.valid), np.uint8)
@@ -372,11 +452,12 @@ def prepare_case(case, dataset):
     if dataset.colored:
         classes = [np.unique(s)[np.unique(s) > 0].tolist() for s in arrays["label"]]
         foreground = [k for k in range(K) if classes[k]]
-    else:  # image labels: slices that are not empty
+    else:  # image labels: slices that are not empty, and have a truth
         classes = [[] for _ in range(K)]
         foreground = [k for k in range(K) if (arrays["label"][k] > 0.02 * 65535).mean() > 0.01]
+        foreground = [k for k in foreground if "valid" not in arrays or arrays["valid"][k].any()]
     spacing = (cut.spacing[0], cut.spacing[1] * H / size[0], cut.spacing[2] * W / size[1])
-    return arrays, {"name": case.name, "patient": case.patient, "split": case.split, "version": STORE_VERSION, "slices": K,
+    return arrays, {**identity(case), "version": STORE_VERSION, "slices": K,
                     "size": list(size), "axis": cut.axis, "spacing": spacing, "scale": scale, "label_scale": label_scale,
                     "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "sources": signature(case)}
 
@@ -385,6 +466,10 @@ def shrink(stack, size, smooth):
     """(K, H, W) -> (K, *size), slice by slice, in the same dtype"""
     resize = resize_images if smooth else resize_labels
     return np.stack([resize(torch.from_numpy(s.astype(np.float32)), size).round().numpy().astype(stack.dtype) for s in stack])
+
+
+def identity(case):
+    return {k: getattr(case, k) for k in ("name", "patient", "split", "kind", "height")}
 
 
 def signature(case):
@@ -411,7 +496,8 @@ def write_case(case, dataset, folder):
 
 
 def prepare(found, root, say=print):
-    """Write every case that the store lacks or whose source changed. Cases that cannot be read are named and left out.
+    """Write every case that the store lacks or whose source changed. Cases that cannot be read are named and left out, those
+    for inference are not stored; the notes of the finding are said.
 
     Returns {dataset: [problem, ...]}.
     """
@@ -422,12 +508,16 @@ def prepare(found, root, say=print):
         folder.mkdir(parents=True, exist_ok=True)
         about = {k: v for k, v in asdict(hit.dataset).items() if k != "reader"}
         keep = set()
-        for case in tqdm(hit.cases, desc=f"preparing {name}", unit="case", disable=None, leave=False):
+        for note in hit.notes:
+            say(f"{name}: {note}")
+        stored = [c for c in hit.cases if c.split in ("train", "test")]
+        for case in tqdm(stored, desc=f"preparing {name}", unit="case", disable=None, leave=False):
             target = case_folder(folder, case)
             keep.add(target.name)
             try:
                 index = json.loads((target / "case.json").read_text())
-                fresh = index["version"] == STORE_VERSION and index["sources"] == signature(case) and index["split"] == case.split
+                fresh = index["version"] == STORE_VERSION and index["sources"] == signature(case)
+                fresh = fresh and {"kind": "", "height": None, **index}.items() >= identity(case).items()
             except (OSError, ValueError, KeyError):
                 fresh = False
             if not fresh:
@@ -459,6 +549,8 @@ class StoredCase:
     foreground: list
     classes: list
     index: dict = field(repr=False)
+    kind: str = ""
+    height: float = None
 
     def read(self, k):
         """Slice k: image (H, W) float32 in [0, 1], label (H, W) float32 (classes, or [0, 1]), valid (H, W) bool or None."""
@@ -495,22 +587,23 @@ class Store:
                     raise DataError(f"{self.root / name / case} has store version {index['version']}, this code reads "
                                     f"{STORE_VERSION}: update the code, or name another --store")
                 cases.append(StoredCase(self.root / name / case, *(index[k] for k in
-                             ("name", "patient", "split", "slices", "foreground", "classes")), index))
+                             ("name", "patient", "split", "slices", "foreground", "classes")), index,
+                             index.get("kind", ""), index.get("height")))
             about.pop("root")
-            self.datasets[name] = Dataset(**{**about, "labels": tuple(about["labels"]), "paper": tuple(about["paper"])})
+            self.datasets[name] = Dataset(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items()})
             self.cases[name] = cases
 
     def split(self, name, split):
         return [c for c in self.cases[name] if c.split == split]
 
 
-def open_store(data_root, store, names=None):
+def open_store(data_root, store, names=None, brats_pairs=None):
     """Find, prepare and open in one call; without data_root the store is used as it is."""
     if data_root is None and store is None:
         raise DataError("no data: pass --data_root, the folder that holds the datasets, or --store, a prepared store")
     if data_root is None:
         return Store(store, names)
-    found = find(data_root, names)
+    found = find(data_root, names, brats_pairs=brats_pairs)
     root = Path(store or default_store(data_root))
     prepare(found, root)
     return Store(root, list(found))
@@ -630,7 +723,7 @@ class Episodes(torch.utils.data.Dataset):
         """A training prompt for slice k of cases[at]: another patient, the slice with foreground nearest to the same
         relative height (plus jitter, ours), among those that share a class if any does. Alone, a case prompts itself."""
         target = cases[at]
-        others = [c for c in cases if c.patient != target.patient] or [c for c in cases if c is not target] or cases
+        others = prompt_cases(cases, target) or [c for c in cases if c.kind == target.kind and c is not target] or [target]
         case = others[rng.integers(len(others))]
         height = (k + 0.5) / target.slices + rng.uniform(-jitter, jitter)
         wanted = set(target.classes[k])
@@ -667,9 +760,18 @@ class Steps:
             yield [(step, i) for i in range(self.rank * self.batch, (self.rank + 1) * self.batch)]
 
 
+def prompt_cases(cases, target, nearest=16):
+    """The cases that may prompt a case: of its kind, of another patient; for a single slice whose height in the body is known
+    the `nearest` in height (ours)."""
+    cases = [c for c in cases if c.kind == target.kind and c.patient != target.patient]
+    if target.slices > 1 or target.height is None:
+        return cases
+    return nsmallest(nearest, [c for c in cases if c.height is not None], key=lambda c: abs(c.height - target.height)) or cases
+
+
 def evaluation_prompt(cases, target, rng, slices="foreground"):
     """The paper's prompt for a case (section 3.3): a random training case, of another patient. cases: the training cases."""
-    others = [c for c in cases if c.patient != target.patient and c.kept(slices)]
+    others = prompt_cases([c for c in cases if c.kept(slices)], target)
     return others[rng.integers(len(others))]
 
 

@@ -138,6 +138,7 @@ def main(argv=None):
     add("--checkpoint", help="what train.py wrote (default: checkpoints/*.pt, else the newest runs/*/last.pt)")
     add("--out", help="folder for results.json, cases.csv, examples.png (default: eval/ beside the checkpoint)")
     add("--datasets", nargs="+", metavar="NAME", help="only these (default: every dataset found)")
+    add("--brats_pairs", nargs="+", metavar="FROM:TO", help="what BraTS-GLI translates, of t1n t1c t2w t2f (default: t1c:t2w t2w:t1c)")
     add("--split", default="test", choices=("test", "train"), help="cases to score; prompts are training cases of other patients")
     add("--max_cases", type=int, help="at most so many cases a dataset")
     add("--slices", default="foreground", choices=("foreground", "all"), help="foreground: slices whose truth has some (paper silent)")
@@ -149,7 +150,7 @@ def main(argv=None):
     checkpoint = Path(args.checkpoint or infer.find_checkpoint())
     device, reason = mvg.pick_device(args.device)
     model = mvg.load(checkpoint, device)
-    store = data.open_store(args.data_root, args.store, args.datasets)
+    store = data.open_store(args.data_root, args.store, args.datasets, args.brats_pairs)
     out = Path(args.out) if args.out else checkpoint.parent / "eval"
     out.mkdir(parents=True, exist_ok=True)
     print(f"checkpoint {checkpoint}, device {device} ({reason})")
@@ -157,7 +158,7 @@ def main(argv=None):
     results, examples, rows, started = {}, [], [], time.time()
     for name, dataset in store.datasets.items():
         training = [c for c in store.split(name, "train") if c.kept(args.slices)]
-        cases = [c for c in store.split(name, args.split) if c.kept(args.slices) and any(t.patient != c.patient for t in training)]
+        cases = [c for c in store.split(name, args.split) if c.kept(args.slices) and any(t.patient != c.patient and t.kind == c.kind for t in training)]
         cases = cases[:args.max_cases]
         if not cases:
             print(f"{name}: not scored, it has no {args.split} case with a training case of another patient")

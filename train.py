@@ -39,6 +39,7 @@ def parse(argv=None):
     add("--store", help="prepared store, written on first use (default: store/<name of data_root>-<hash>)")
     add("--out", default="runs/mvg", help="run folder")
     add("--datasets", nargs="+", metavar="NAME", help="only these (default: every dataset found)")
+    add("--brats_pairs", nargs="+", metavar="FROM:TO", help="what BraTS-GLI translates, of t1n t1c t2w t2f (default: t1c:t2w t2w:t1c, authors)")
     # the model
     add("--model", default="large", choices=list(mvg.SIZES), help="size; the paper names none, large is the authors'")
     add("--image_size", type=int, help="side of the crop in pixels (default: 448, the paper's; 64 for the demo size)")
@@ -112,7 +113,7 @@ def parse(argv=None):
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",
          "hide_label", "first_term", "num_prompts", "coloring", "optimizer", "batch_size", "seed", "data_fraction", "datasets",
-         "dataset_weights", "empty_slices", "bf16")
+         "dataset_weights", "empty_slices", "bf16", "brats_pairs")
 
 
 def make_optimizers(model, args):
@@ -158,7 +159,7 @@ def main(argv=None):
 
     # ---- data
     if main_rank:
-        data.open_store(args.data_root, args.store, args.datasets)
+        data.open_store(args.data_root, args.store, args.datasets, args.brats_pairs)
     if distributed:
         dist.barrier()
     store_path = args.store or data.default_store(args.data_root)
