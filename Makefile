@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv and install into it.
 PYTHON ?= python3
 BIN = .venv/bin
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test test-slow clean
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 import readers
 from readers import DataError
+from synthetic import task as synthetic_task
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The datasets (paper, Table 1)
@@ -612,6 +613,7 @@ def open_store(data_root, store, names=None, brats_pairs=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling: which objective, which dataset, which slices, which colors
 
+SYNTHETIC, SYNTHETIC_EPOCH = "synthetic", 10_000  # the name of the procedural tasks; draws that count as an epoch (ours)
 OBJECTIVE = 2 ** 31 - 1  # stands for "all samples of the step" in a generator's key
 
 
@@ -644,6 +646,7 @@ def draw_hidden(rng, tokens, mask_ratio, hide_label=0.0):
 class Episodes(torch.utils.data.Dataset):
     """Training samples by number: `episodes[step, i]` is sample i of the global batch of a step, always the same one.
 
+    `synthetic` adds the endless procedural tasks (synthetic.py) to both groups, under that name; they need no store.
     A sample (S = prompts + 1 pairs, the task pair last):
         images, labels  (S, 1, H, W) float32; labels are classes where `colored`, else [0, 1]
         valid           (S, 1, H, W) uint8
@@ -653,15 +656,16 @@ class Episodes(torch.utils.data.Dataset):
 
     def __init__(self, store, image_size, patch, depth, seed=0, num_prompts=(1, 1), objective="hybrid", seg_share=0.5,
                  mim_share=0.9, mask_ratio=0.75, hide_label=0.1, coloring="random", first_term="auto",
-                 dataset_weights="equal", data_fraction=1.0, empty_slices=0.0):
+                 dataset_weights="equal", data_fraction=1.0, empty_slices=0.0, synthetic=False):
         self.store, self.image_size, self.patch, self.depth, self.seed = store, image_size, patch, depth, seed
         self.num_prompts, self.objective, self.mim_share = num_prompts, objective, mim_share
         self.mask_ratio, self.hide_label, self.coloring, self.first_term = mask_ratio, hide_label, coloring, first_term
         self.empty_slices = empty_slices
-        self.names = sorted(store.datasets)
-        self.predefined = predefined_offsets(store.datasets.values())
+        self.datasets = store.datasets if store else {}
+        self.names = sorted(self.datasets) + [SYNTHETIC] * synthetic
+        self.predefined = predefined_offsets(self.datasets.values())
         self.cases, self.slices, self.excluded = {}, {}, []
-        for name in self.names:
+        for name in self.datasets:
             cases = [c for c in store.split(name, "train") if c.foreground]
             if data_fraction < 1 and cases:
                 order = np.random.default_rng(0).permutation(len(cases))
@@ -671,43 +675,56 @@ class Episodes(torch.utils.data.Dataset):
                 self.slices[name] = np.array([(i, k) for i, c in enumerate(cases) for k in c.foreground], np.int32)
             else:
                 self.excluded.append(name)
-        colored = [n for n in self.cases if store.datasets[n].colored]
-        others = [n for n in self.cases if n not in colored]
-        if not self.cases:
+        if not self.cases and not synthetic:
             raise DataError(f"{store.root} has no training slices with foreground: check the labels")
-        self.groups = {True: colored, False: others}
-        self.weights = {g: self._weights(names, dataset_weights) for g, names in self.groups.items()}
+        if synthetic and coloring == "predefined":
+            raise DataError("--coloring predefined needs datasets with classes of their own: leave synthetic out")
+        self.groups = {c: [n for n in self.names if n == SYNTHETIC or n in self.cases and self.datasets[n].colored == c] for c in (True, False)}
+        self.weights = {c: self._weights(names, dataset_weights) for c, names in self.groups.items()}
         # A group that is not there leaves its share to the other.
-        self.seg_share = 1.0 if not others else 0.0 if not colored else seg_share
+        self.seg_share = 1.0 if not self.groups[False] else 0.0 if not self.groups[True] else seg_share
 
     def _weights(self, names, rule):
-        size = np.array([len(self.slices[n]) if rule == "size" else 1.0 for n in names])
+        size = np.array([self._size(n) if rule == "size" else 1.0 for n in names])
         return size / size.sum() if len(names) else size
 
     def __len__(self):
         """Draws an epoch: the training slices."""
-        return sum(len(s) for s in self.slices.values())
+        return sum(self._size(n) for n in self.names if n not in self.excluded)
+
+    def _size(self, name):
+        return SYNTHETIC_EPOCH if name == SYNTHETIC else len(self.slices[name])
+
+    def describe(self, dataset, case, k):
+        """What a sample's three numbers stand for, as text."""
+        name = self.names[dataset]
+        return f"{name} {case}" if name == SYNTHETIC else f"{name} {self.cases[name][case].name} slice {k}"
 
     def step(self, step):
         return draw_step(self.seed, step, self.seg_share, self.mim_share, self.objective, self.num_prompts)
 
     def draw(self, step, i):
-        """Which kind of sample this is: (objective, prompts, dataset name), and the generator for all the rest of it."""
+        """Which kind of sample this is: (objective, prompts, dataset name, colored?), and the generator for the rest of it."""
         objective, prompts, p_seg = self.step(step)
         rng = np.random.default_rng([self.seed, step, i])
         group = bool(rng.random() < p_seg)
         name = self.groups[group][rng.choice(len(self.groups[group]), p=self.weights[group])]
-        return objective, prompts, name, rng
+        return objective, prompts, name, group, rng
 
     def __getitem__(self, key):
-        objective, prompts, name, rng = self.draw(*key)
-        cases, group = self.cases[name], self.store.datasets[name].colored
-        at, k = (int(v) for v in self.slices[name][rng.integers(len(self.slices[name]))])
-        if self.empty_slices and rng.random() < self.empty_slices:
-            k = int(rng.integers(cases[at].slices))
-        chosen = [self.draw_prompt(cases, at, k, rng) for _ in range(prompts)] + [(cases[at], k)]
-        pairs = [self.crop(*case.read(k), group, rng) for case, k in chosen]
-        images, labels, valid = (torch.stack([p[j] for p in pairs])[:, None] for j in range(3))
+        objective, prompts, name, group, rng = self.draw(*key)
+        if name == SYNTHETIC:
+            at, k = key[0], key[1]
+            images, labels = (x[:, None] for x in synthetic_task(rng, prompts + 1, self.image_size, group))
+            valid = torch.ones(images.shape, dtype=torch.uint8)
+        else:
+            cases = self.cases[name]
+            at, k = (int(v) for v in self.slices[name][rng.integers(len(self.slices[name]))])
+            if self.empty_slices and rng.random() < self.empty_slices:
+                k = int(rng.integers(cases[at].slices))
+            chosen = [self.draw_prompt(cases, at, k, rng) for _ in range(prompts)] + [(cases[at], k)]
+            pairs = [self.crop(*case.read(k), group, rng) for case, k in chosen]
+            images, labels, valid = (torch.stack([p[j] for p in pairs])[:, None] for j in range(3))
         shown = np.unique(labels[:-1].numpy()).astype(int) if group else []
         palette = make_palette([c for c in shown if c], self.coloring, rng, name, self.predefined)
         N = (self.image_size // self.patch) ** 2

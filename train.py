@@ -38,7 +38,7 @@ def parse(argv=None):
     add("--data_root", help="folder that holds the datasets as they were downloaded")
     add("--store", help="prepared store, written on first use (default: store/<name of data_root>-<hash>)")
     add("--out", default="runs/mvg", help="run folder")
-    add("--datasets", nargs="+", metavar="NAME", help="only these (default: every dataset found)")
+    add("--datasets", nargs="+", metavar="NAME", help="only these; `synthetic` adds procedural tasks (default: every dataset found)")
     add("--brats_pairs", nargs="+", metavar="FROM:TO", help="what BraTS-GLI translates, of t1n t1c t2w t2f (default: t1c:t2w t2w:t1c, authors)")
     # the model
     add("--model", default="large", choices=list(mvg.SIZES), help="size; the paper names none, large is the authors'")
@@ -158,28 +158,31 @@ def main(argv=None):
     say(f"device {device}: {reason}; {ranks} process{'es' if ranks > 1 else ''} x batch {args.batch_size}")
 
     # ---- data
-    if main_rank:
-        data.open_store(args.data_root, args.store, args.datasets, args.brats_pairs)
-    if distributed:
-        dist.barrier()
-    store_path = args.store or data.default_store(args.data_root)
-    names = args.datasets if args.datasets or not args.data_root else list(data.find(args.data_root))
-    store = data.Store(store_path, names)
+    synthetic = data.SYNTHETIC in (args.datasets or ())
+    names, store = [n for n in args.datasets or () if n != data.SYNTHETIC], None
+    if names or not synthetic:
+        if main_rank:
+            data.open_store(args.data_root, args.store, names, args.brats_pairs)
+        if distributed:
+            dist.barrier()
+        names = names or (list(data.find(args.data_root, brats_pairs=args.brats_pairs)) if args.data_root else None)
+        store = data.Store(args.store or data.default_store(args.data_root), names)
     torch.manual_seed(args.seed)
     model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
                       drop_path=args.drop_path, max_prompts=num_prompts[1])
     c = model.config
     episodes = data.Episodes(store, c.image_size, c.patch, c.depth, args.seed, num_prompts, args.objective, args.seg_share,
                              args.mim_share, args.mask_ratio, args.hide_label, args.coloring, args.first_term,
-                             args.dataset_weights, args.data_fraction, args.empty_slices)
+                             args.dataset_weights, args.data_fraction, args.empty_slices, synthetic)
     steps = args.steps or max(1, round(args.epochs * len(episodes) / (args.batch_size * ranks)))
-    say(f"{len(episodes)} training slices from {len(episodes.cases)} datasets: "
-        + ", ".join(f"{n} {len(episodes.cases[n])} cases" for n in episodes.cases))
+    drawn_from = [n for n in episodes.names if n not in episodes.excluded]
+    say(f"{len(episodes)} training slices an epoch from {len(drawn_from)} datasets: "
+        + ", ".join(f"{n} {len(episodes.cases[n])} cases" if n in episodes.cases else n for n in drawn_from))
     for name in episodes.excluded:
         say(f"{name} is left out: it has no training case with foreground")
 
     # ---- model
-    model.meta = {"coloring": args.coloring, "objective": args.objective, "datasets": list(episodes.cases),
+    model.meta = {"coloring": args.coloring, "objective": args.objective, "datasets": drawn_from,
                   "predefined": list(episodes.predefined) if args.coloring == "predefined" else None}
     model.to(device)
     optimizers = make_optimizers(model, args)
@@ -257,7 +260,7 @@ def main(argv=None):
                     log.write(json.dumps(line) + "\n")
             say(text_of(line))
             if total[-1][0]:  # every rank sees the same
-                cases = {f"{episodes.names[d]} {episodes.cases[episodes.names[d]][k].name} slice {s}" for d, k, s in torch.cat(seen).tolist()}
+                cases = {episodes.describe(*which) for which in torch.cat(seen).tolist()}
                 say(f"{int(total[-1][0] / ranks)} of the last steps had a loss that is not finite and were left out; "
                     f"this window drew {'; '.join(sorted(cases)[:40])}")
                 if all(not t[1] for t in total[:-1]):
@@ -304,9 +307,9 @@ def update(optimizers, broken):
 def start_run_folder(out, args, model, store, episodes, steps, ranks, first):
     """config.json: settings, model, splits and machine. On resume the log is cut back to the checkpoint's step."""
     out.mkdir(parents=True, exist_ok=True)
-    splits = {n: {s: sorted(c.name for c in store.split(n, s)) for s in ("train", "test")} for n in store.datasets}
+    splits = {n: {s: sorted(c.name for c in store.split(n, s)) for s in ("train", "test")} for n in episodes.datasets}
     about = {"settings": vars(args), "model": asdict(model.config), "steps": steps, "ranks": ranks, "slices_an_epoch": len(episodes),
-             "splits": splits, "split_rules": {n: d.split for n, d in store.datasets.items()},
+             "splits": splits, "split_rules": {n: d.split for n, d in episodes.datasets.items()},
              "machine": {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(),
                          "cpus": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                          "started": time.strftime("%Y-%m-%d %H:%M:%S")}}
@@ -363,7 +366,7 @@ def draw_samples(out, model, episodes, device):
     """samples.png: a row a dataset with prompt, its label, image, label, prediction, in the colors of training."""
     from PIL import Image
     rows, step = {}, 0
-    while len(rows) < len(episodes.cases) and step < 200:  # the same draws every time
+    while len(rows) < len(episodes.names) - len(episodes.excluded) and step < 200:  # the same draws every time
         for i in range(4):
             s = episodes[step, i]
             name = episodes.names[s["dataset"]]

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "real"
 FIVE = ["acdc", "la", "msd_hippocampus", "Dataset801_NerveUltrasound", "Dataset802_MsT1ToFlair"]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not keep others from working; before torch
 
 import data
 import phantom

@@ -359,3 +359,37 @@ def test_real_scans_are_found_and_read(real, tmp_path):
     store = data.Store(tmp_path)
     for name, cases in store.cases.items():
         assert all(c.foreground for c in cases), name
+
+
+# ---- synthetic tasks
+
+def test_synthetic_tasks_are_deterministic_and_differ(tmp_path):
+    from synthetic import task
+    for colored in (True, False):
+        draw = lambda i: task(np.random.default_rng([7, i]), 3, 64, colored)
+        seen = [draw(i) for i in range(20)]
+        for i, (images, labels) in enumerate(seen):
+            again = draw(i)
+            assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+            assert images.shape == labels.shape == (3, 64, 64) and images.dtype == labels.dtype == torch.float32
+            assert 0 <= images.min() and images.max() <= 1 and labels.min() >= 0
+            assert (labels.frac() == 0).all() and labels.max() <= 6 if colored else labels.max() <= 1
+        assert len({float(i.sum()) for i, _ in seen}) == 20
+        if colored:  # nearly every task asks for something, and subjects differ
+            assert sum(bool(l.max() > 0) for _, l in seen) >= 19
+            same = [((l[0] > 0) & (l[1] > 0)).sum() / ((l[0] > 0) | (l[1] > 0)).sum().clamp(min=1) for _, l in seen]
+            assert 0.1 < np.mean(same) < 0.7
+
+
+def test_synthetic_needs_no_data_and_joins_both_groups(store):
+    alone = data.Episodes(None, 64, 8, 8, synthetic=True)
+    kinds = {(s["colored"].item(), s["dataset"]) for s in (alone[i, 0] for i in range(20))}
+    assert kinds == {(True, 0), (False, 0)} and len(alone) == data.SYNTHETIC_EPOCH
+    assert same(alone[3, 1], data.Episodes(None, 64, 8, 8, synthetic=True)[3, 1])
+    both = data.Episodes(store, 64, 8, 8, synthetic=True)
+    draws = [both.draw(step, 0) for step in range(4000)]
+    for colored, others in ((True, 4), (False, 1)):
+        names = [d[2] for d in draws if d[3] == colored]
+        assert names.count("synthetic") / len(names) == pytest.approx(1 / (others + 1), abs=0.03)
+    with pytest.raises(data.DataError, match="leave synthetic out"):
+        data.Episodes(None, 64, 8, 8, synthetic=True, coloring="predefined")
