@@ -797,14 +797,64 @@ def matching_slice(k, count, prompt_count):
     return k * prompt_count // count
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py --data_root DIR: what is found there
+
+def draw_figure(path, found, columns=4):
+    """One training slice of every dataset beside its label, colored at random as in training (images as they are)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, 2 * columns, figsize=(2 * columns * 1.5, rows * 1.75), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for n, (name, hit) in enumerate(found.items()):
+        case = next(c for c in hit.cases if c.split != "inference")
+        arrays, index = prepare_case(case, hit.dataset)
+        k = max(index["foreground"] or [0], key=lambda k: (len(index["classes"][k]), np.count_nonzero(arrays["label"][k])))
+        label = arrays["label"][k]
+        if hit.dataset.colored:
+            label = make_palette(index["classes"][k], "random", np.random.default_rng(0))[label] * 65535
+        for axis, picture in zip(axes[n // columns, 2 * (n % columns):], (arrays["image"][k], label)):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=65535)
+        axes[n // columns, 2 * (n % columns)].set_title(name, fontsize=8, loc="left")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(argv=None):
+    import argparse
+    p = argparse.ArgumentParser(description="What a data root holds: datasets, cases, splits, and what readers have to say.")
+    p.add_argument("--data_root", required=True, help="folder that holds the datasets as they were downloaded")
+    p.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (default: every dataset found)")
+    p.add_argument("--figure", metavar="PNG", help="draw one slice of every dataset with its label")
+    args = p.parse_args(argv)
+    found = find(args.data_root, args.datasets)
+    for name, hit in found.items():
+        count = {s: sum(c.split == s for c in hit.cases) for s in ("train", "test", "inference")}
+        paper = f" (paper: {hit.dataset.paper[0]} / {hit.dataset.paper[1]})" if hit.dataset.paper else ""
+        print(f"{name}: {count['train']} training / {count['test']} test cases{paper}, {hit.root}")
+        for note in hit.notes:
+            print(f"    {note}")
+    if args.figure:
+        draw_figure(args.figure, found)
+        print(f"wrote {args.figure}")
+
+
 def command_line(main):
     """Run a program's main; what a user can mend ends it with one line and exit status 2."""
     import sys
     try:
         main()
-    except (DataError, ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:  # DataError is a ValueError
         if os.environ.get("MVG_DEBUG"):
             raise
         sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line(main)

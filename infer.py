@@ -202,7 +202,7 @@ def find_label(image):
 def find_checkpoint():
     """The bundled checkpoint, else the newest run's. Raises DataError where there is none."""
     bundled = sorted((Path(__file__).parent / "checkpoints").glob("*.pt"))
-    runs = sorted(Path("runs").glob("*/last.pt"), key=lambda p: p.stat().st_mtime)
+    runs = sorted({p for place in (Path("runs"), Path(__file__).parent / "runs") for p in place.glob("*/last.pt")}, key=lambda p: p.stat().st_mtime)
     if not bundled and not runs:
         raise DataError("no checkpoint in checkpoints/ or runs/*/last.pt: train one (make demo), or pass --checkpoint")
     return bundled[0] if bundled else runs[-1]

@@ -486,7 +486,7 @@ def pick_device(name=None, local_rank=0):
     """The device (the one named, or the best there is) and the reason. Raises ValueError for one that is not there."""
     if name:
         try:
-            device = torch.device(name)
+            device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0][:80]}): try cpu") from None
