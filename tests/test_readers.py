@@ -818,3 +818,27 @@ def test_real_brats_is_voided_in_the_mask_only(real):
     pair = readers.load_inpainting(voided, whole, mask)
     assert 0 < pair.valid.mean() < 0.1 and (pair.image.array[pair.valid] == 0).all()
     assert np.array_equal(pair.label.array, readers.read_volume(whole).array)  # outside of the mask the voided image is the image
+
+
+def test_every_dataset_is_drawn_at_its_share(stand_ins, tmp_path):
+    """Stand-ins and real scans below one root, 5,000 draws: half are segmentation, datasets of a group are equally likely."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "stand_ins").symlink_to(stand_ins, target_is_directory=True)
+    if REAL.is_dir():
+        (tmp_path / "data" / "real").symlink_to(REAL, target_is_directory=True)
+    found = data.find(tmp_path / "data")
+    for hit in found.values():  # a few cases of each are enough to be drawn
+        hit.cases = [c for c in hit.cases if c.split == "train" and "mri_norm2" not in str(c.files[0])][:3]
+    data.prepare(found, tmp_path / "store", quiet)
+    store = data.Store(tmp_path / "store")
+    episodes = data.Episodes(store, 32, 8, 8)
+    assert len(episodes.names) == (19 if REAL.is_dir() else 16) and not episodes.excluded
+    draws = [episodes.draw(step, i)[2:4] for step in range(1250) for i in range(4)]
+    colored = [name for name, c in draws if c]
+    others = [name for name, c in draws if not c]
+    assert len(colored) / 5000 == pytest.approx(0.5, abs=0.03)
+    for names, group in ((colored, True), (others, False)):
+        assert set(names) == set(episodes.groups[group])
+        for name in set(names):
+            share = 1 / len(episodes.groups[group])
+            assert names.count(name) / len(names) == pytest.approx(share, abs=4 * (share / len(names)) ** 0.5)
