@@ -5,9 +5,9 @@ export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test test-slow clean
 
-.venv/done: requirements.txt
+.venv/done: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 	touch $@
 
 test: .venv/done

@@ -394,7 +394,8 @@ class MVG(nn.Module):
     def encode_prompts(self, images, labels):
         """Everything of the prompts that does not depend on the task image: keys and values of every block.
 
-        images, labels (B, n, 1, H, W) in [0, 1], n >= 1 -> cache for `predict`. A cache with B = 1 serves any batch.
+        images, labels (B, n, 1, H, W) in [0, 1], n >= 1, sides multiples of the patch size -> cache for `predict`.
+        A cache with B = 1 serves any batch. Paper, section 3.3, "Inference". Raises ValueError for other shapes.
         """
         if images.ndim != 5 or images.shape != labels.shape or images.shape[1] < 1:
             raise ValueError(f"prompt images {tuple(images.shape)} and labels {tuple(labels.shape)}: "
@@ -415,7 +416,10 @@ class MVG(nn.Module):
 
     @torch.no_grad()
     def predict(self, cache, image):
-        """The label of image (B, 1, H, W) given encoded prompts -> (B, 1, H, W), near [0, 1], not clipped."""
+        """The label of image (B, 1, H, W) in [0, 1] given encoded prompts -> (B, 1, H, W), float32 near [0, 1], not clipped.
+
+        cache: of as many prompts as the image's batch, or of one. Raises ValueError for an image of another size than they had.
+        """
         h, w = size = self._size(image)
         if size != cache["size"]:
             raise ValueError(f"image is {image.shape[-2]}x{image.shape[-1]}, its prompts were "
@@ -434,7 +438,10 @@ class MVG(nn.Module):
 
     @torch.no_grad()
     def predict_canvas(self, prompt_image, prompt_label, image):
-        """The label of image by painting the lower right of the canvas, Y all hidden: 3 x (B, 1, H, W) -> (B, 1, H, W)."""
+        """The label of image by painting the lower right of the canvas, Y all hidden: 3 x (B, 1, H, W) -> (B, 1, H, W).
+
+        A prompt with B = 1 serves any batch. The canvas holds one prompt, and nothing of it can be kept for the next image.
+        """
         h, w = self._size(image)
         prompt_image, prompt_label = prompt_image.expand_as(image), prompt_label.expand_as(image)
         elements = torch.stack([prompt_image, prompt_label, image, torch.zeros_like(image)], 1)
