@@ -6,6 +6,7 @@ infer_cached: a further slice of a volume, its prompt encoded before, against en
 same weights and inputs, in turn.
 loader: a training sample (prompt and task, 512 -> 448, colors, crops) from the prepared store against reading one 512x512x100
 .nii.gz, which is what a sample costs without a store. One process, one thread.
+synthetic: procedural training samples, one process, one thread.
 """
 
 import argparse
@@ -21,6 +22,10 @@ import torch
 
 import data
 import mvg
+import synthetic
+
+
+PARTS = ("infer_cached", "loader", "synthetic")
 
 
 def in_turn(device, repeats, **functions):
@@ -81,6 +86,18 @@ def loader(repeats):
     return {"ours_s": round(ours, 5), "reference_s": round(reference, 5), "ratio": round(ratio, 2)}
 
 
+def synthetic_rate(size, tasks=24):
+    """Synthetic samples (prompt and task) a second and core at a size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    for i in range(tasks):
+        synthetic.task(np.random.default_rng([0, i]), 2, size, i % 2 == 0)
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(threads)
+    return {"samples_per_second": round(tasks / seconds, 1)}
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", default="tiny", choices=list(mvg.SIZES), help="size")
@@ -89,7 +106,7 @@ def main(argv=None):
     p.add_argument("--batch_size", type=int, default=1, help="slices at once")
     p.add_argument("--repeats", type=int, default=7, help="timed repetitions, after one that is not")
     p.add_argument("--device", help="cpu, mps, cuda ... (default: the best there is)")
-    p.add_argument("--only", nargs="+", default=["infer_cached", "loader"], choices=("infer_cached", "loader"), help="what to measure")
+    p.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="what to measure")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = p.parse_args(argv)
     device, reason = mvg.pick_device(args.device)
@@ -100,6 +117,8 @@ def main(argv=None):
         result["infer_cached"] = infer_cached(model, device, args.batch_size, args.repeats)
     if "loader" in args.only:
         result["loader"] = loader(args.repeats)
+    if "synthetic" in args.only:
+        result["synthetic"] = synthetic_rate(model.config.image_size)
     if args.json:
         print(json.dumps(result))
         return
@@ -109,6 +128,8 @@ def main(argv=None):
     if "loader" in result:
         r = result["loader"]
         print(f"loader: {1 / r['ours_s']:.0f} samples a second and core from the store; {r['reference_s']:.2f} s to read a .nii.gz, ratio {r['ratio']:.0f}")
+    if "synthetic" in result:
+        print(f"synthetic: {result['synthetic']['samples_per_second']:.0f} samples a second and core")
 
 
 if __name__ == "__main__":

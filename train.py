@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import time
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -33,7 +34,7 @@ from data import DataError
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = p.add_argument
     add("--data_root", help="folder that holds the datasets as they were downloaded")
     add("--store", help="prepared store, written on first use (default: store/<name of data_root>-<hash>)")
@@ -80,14 +81,15 @@ def parse(argv=None):
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: on with CUDA; ours)")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on from the last.pt of --out, or from this one; its settings are the defaults")
     add("--log_every", type=int, default=20, help="steps between log lines")
-    add("--save_every", type=int, default=500, help="steps between checkpoints")
+    add("--save_every", type=int, default=500, help="steps between checkpoints, written at the next log line")
     args = p.parse_args(argv)
     if args.resume is not None:
         args.resume = args.resume or str(Path(args.out) / "last.pt")
         saved = mvg.load_checkpoint(args.resume)
         if "settings" not in saved:
             raise DataError(f"{args.resume} holds a model but no run to go on with: pass the last.pt of a run folder")
-        given, resume = {a.dest for a in p._actions if any(o in (argv if argv is not None else os.sys.argv) for o in a.option_strings)}, args.resume
+        typed = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        given, resume = {a.dest for a in p._actions if typed & set(a.option_strings)}, args.resume
         p.set_defaults(**{k: v for k, v in saved["settings"].items() if k not in given and k not in ("resume", "stop_at", "device")})
         args = p.parse_args(argv)
         args.resume, args.out = resume, args.out if "out" in given else str(Path(resume).parent)
@@ -104,8 +106,8 @@ def parse(argv=None):
     for name in ("seg_share", "mim_share", "mask_ratio", "hide_label", "empty_slices", "warmup", "drop_path"):
         if not 0 <= getattr(args, name) <= 1:
             raise DataError(f"--{name} is {getattr(args, name)}: a share is from 0 to 1")
-    for name in ("batch_size", "lr", "log_every", "save_every", "data_fraction"):
-        if not getattr(args, name) > 0:
+    for name in ("epochs", "steps", "stop_at", "batch_size", "lr", "log_every", "save_every", "data_fraction"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise DataError(f"--{name} is {getattr(args, name)}: it must be above 0")
     return args, (low, high)
 
@@ -160,13 +162,12 @@ def main(argv=None):
     # ---- data
     synthetic = data.SYNTHETIC in (args.datasets or ())
     names, store = [n for n in args.datasets or () if n != data.SYNTHETIC], None
-    if names or not synthetic:
-        if main_rank:
-            data.open_store(args.data_root, args.store, names, args.brats_pairs)
+    if names or not synthetic:  # the first rank prepares the store, the others wait for the names it found
+        store = data.open_store(args.data_root, args.store, names, args.brats_pairs) if main_rank else None
         if distributed:
-            dist.barrier()
-        names = names or (list(data.find(args.data_root, brats_pairs=args.brats_pairs)) if args.data_root else None)
-        store = data.Store(args.store or data.default_store(args.data_root), names)
+            names = [list(store.datasets) if main_rank else None]
+            dist.broadcast_object_list(names, device=device if device.type == "cuda" else None)
+            store = store or data.Store(args.store or data.default_store(args.data_root), names[0])
     torch.manual_seed(args.seed)
     model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
                       drop_path=args.drop_path, max_prompts=num_prompts[1])
@@ -186,7 +187,7 @@ def main(argv=None):
                   "predefined": list(episodes.predefined) if args.coloring == "predefined" else None}
     model.to(device)
     optimizers = make_optimizers(model, args)
-    out, first, window = Path(args.out), 0, None
+    out, first = Path(args.out), 0
     if args.resume:
         saved = mvg.load_checkpoint(args.resume, device)
         if saved["ranks"] != ranks:
@@ -197,7 +198,7 @@ def main(argv=None):
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        first, window = saved["step"], saved["window"].to(device)
+        first = saved["step"]
         say(f"going on from step {first} of {args.resume}")
     elif (out / "last.pt").exists():
         raise DataError(f"{out} already holds a run: go on with --resume, or name another --out")
@@ -211,14 +212,13 @@ def main(argv=None):
     stop = min(steps, args.stop_at or steps)
     loader = torch.utils.data.DataLoader(episodes, batch_sampler=data.Steps(first, stop, args.batch_size, rank, ranks),
                                          num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    stopping = []  # SIGTERM and Ctrl-C are noted and read at logging steps, together on all ranks
-    previous = {s: signal.signal(s, lambda number, frame: stopping.append(number)) for s in (signal.SIGTERM,)}
+    stopping = []  # SIGTERM is noted, and read at logging steps, together on all ranks
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
 
     # ---- the loop
     rows = [(o, n) for o in ("mim", "ar") for n in episodes.names]  # what the log tells apart
-    if window is None:
-        window = torch.zeros(len(rows) + 1, 2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    seen, since, drawn = [], time.time(), 0
+    window = torch.zeros(len(rows) + 1, 2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    seen, since, drawn, saved_at = [], time.time(), 0, first
     model.train()
     for step, batch in enumerate(loader, start=first):  # step: those done before this one
         where = [batch.pop(k) for k in ("dataset", "case", "slice")]
@@ -265,21 +265,18 @@ def main(argv=None):
                     f"this window drew {'; '.join(sorted(cases)[:40])}")
                 if all(not t[1] for t in total[:-1]):
                     raise DataError(f"no step since {done - len(seen)} had a finite loss: lower --lr ({args.lr}) or look at the cases named above")
+            stop = done if ending else stop
+            if main_rank and (done - saved_at >= args.save_every or done == stop):
+                mvg.save(out / "last.pt", model, step=done, ranks=ranks, settings=vars(args), optimizers=[o.state_dict() for o in optimizers])
+                draw_curve(out)
+                draw_samples(out, model, episodes, device)
+                saved_at = done
             window.zero_()
             seen, since, drawn = [], time.time(), 0
-            if ending:
-                stop = done
-        if main_rank and (done % args.save_every == 0 or done == stop):
-            mvg.save(out / "last.pt", model, step=done, ranks=ranks, settings=vars(args), window=window.cpu(),
-                     optimizers=[o.state_dict() for o in optimizers])
-            draw_curve(out)
-            draw_samples(out, model, episodes, device)
-            since = time.time() if drawn == 0 else since
         if done == stop:
             break
 
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGTERM, previous)
     if distributed:
         dist.barrier()
         dist.destroy_process_group()
@@ -363,8 +360,11 @@ def draw_curve(out):
 
 @torch.no_grad()
 def draw_samples(out, model, episodes, device):
-    """samples.png: a row a dataset with prompt, its label, image, label, prediction, in the colors of training."""
-    from PIL import Image
+    """samples.png: a row a dataset with prompt, its label, image, label, prediction, in the colors of training. Needs Pillow."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return
     rows, step = {}, 0
     while len(rows) < len(episodes.names) - len(episodes.excluded) and step < 200:  # the same draws every time
         for i in range(4):

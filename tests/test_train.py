@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -88,6 +89,22 @@ def test_five_steps_equal_three_and_two(store, tmp_path, how):
     assert saved[0]["step"] == saved[1]["step"] == 5
     for a, b in zip(saved[0]["optimizers"], saved[1]["optimizers"]):
         assert all(torch.equal(x, y) for k in a["state"] for x, y in zip(a["state"][k].values(), b["state"][k].values()))
+
+
+def test_sigterm_saves_and_ends_at_the_next_log_line(store, tmp_path, monkeypatch):
+    whole, rate = run(store, tmp_path / "whole", "--steps", "5"), train.learning_rate
+
+    def interrupted(step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", interrupted)
+    run(store, tmp_path / "r", "--steps", "5")
+    assert mvg.load_checkpoint(tmp_path / "r" / "last.pt")["step"] == 4
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert equal(whole, train.main(["--resume", "--out", str(tmp_path / "r")]))
+    assert [json.loads(l)["step"] for l in open(tmp_path / "r" / "log.jsonl")] == [2, 4, 5]
 
 
 def test_loader_workers_change_nothing(store, tmp_path):
