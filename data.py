@@ -66,6 +66,8 @@ _BTCV = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "l
 
 _BRATS_TERMS, _FIFTH = "BraTS terms, research only", "last fifth of the sorted cases"
 
+SYNTHETIC = "synthetic"  # the name of the procedural tasks (synthetic.py), which no folder holds
+
 # A split rule that starts with "official" falls back on the cut where the download has no labelled test case.
 DATASETS = {d.name: d for d in (
     Dataset("amos_ct", "AMOS22 CT", "abdomen", "ct", "segmentation", _AMOS, "official: imagesTr / imagesVa, ids to 500",
@@ -159,6 +161,8 @@ def described_by_json(folder, reader):
         except (TypeError, ValueError):
             raise DataError(f"{folder / 'dataset.json'}: labels {labels} are no plain classes: give every class one number") from None
         names = tuple(number.get(i, f"class {i}") for i in range(1, max(number) + 1))
+        if not names:
+            raise DataError(f"{folder / 'dataset.json'} names no class above 0: name the classes, or write \"labels\": \"image\"")
     else:
         raise DataError(f"{folder / 'dataset.json'} has no labels: name the classes, or write \"labels\": \"image\"")
     if reader is readers.decathlon:
@@ -167,6 +171,8 @@ def described_by_json(folder, reader):
             return DATASETS[name]
     else:
         name = folder.name
+        if name in DATASETS or name == SYNTHETIC:
+            raise DataError(f"{folder} has the name of another dataset: rename the folder, for example to Dataset001_{name}")
     split = f"imagesTs if labelled, else the {_FIFTH}" if reader is readers.nnunet else _FIFTH
     return Dataset(name, str(about.get("name", name)), "", modality, "segmentation" if names else "synthesis", names, split,
                    licence=str(about.get("licence", about.get("license", ""))), address=str(about.get("reference", "")), reader=reader)
@@ -178,15 +184,19 @@ def find(data_root, names=None, depth=5, brats_pairs=None):
     names: which to keep; brats_pairs: what BraTS-GLI translates, "t1c:t2w" and the like (default: the authors', both ways).
     Raises DataError for a missing or empty root, and for names that are unknown or not there.
     """
-    root, pairs = Path(data_root), brats_pairs or readers.BRATS_PAIRS
+    root, pairs, problems = Path(data_root).resolve(), brats_pairs or readers.BRATS_PAIRS, []
     readers.check_brats_pairs(pairs)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder: pass the folder that holds the datasets")
+        raise DataError(f"{data_root}: no such folder: pass the folder that holds the datasets")
     found, level = {}, [root]
     for _ in range(depth):
         below = []
         for folder in level:
-            hits = datasets_of_folder(folder, pairs)
+            try:
+                hits = datasets_of_folder(folder, pairs)
+            except DataError as error:  # one bad table does not keep the others from being used
+                problems.append(error)
+                continue
             for hit in hits:
                 if hit.dataset.name in found:
                     join(found[hit.dataset.name], hit)
@@ -195,6 +205,10 @@ def find(data_root, names=None, depth=5, brats_pairs=None):
             if not hits:
                 below += readers.folders(folder.iterdir())
         level = below
+    if problems and (not found or set(names or ()) - set(found)):
+        raise problems[0]
+    for error in problems:
+        print(f"left out: {error}")
     check_names(names, found, root)
     if not found:
         raise DataError(f"{root} holds no dataset that is known here: unpack one into it, for example ACDC, or a folder in nnU-Net form")
@@ -289,12 +303,16 @@ class Slicing:
 
 
 def slicing(volume, axis=None):
-    """The `Slicing` of a volume: along the coarsest axis if at least twice as coarse as the next, else axial."""
+    """The `Slicing` of a volume: along the coarsest axis if at least twice as coarse as the next, else axial; a single slice is
+    one, whatever its spacing."""
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
     stored, lps = io_orientation(volume.affine), axcodes2ornt(("L", "P", "S"))
     to_lps = ornt_transform(stored, lps)
     mm = np.empty(3)
     mm[stored[:, 0].astype(int)] = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    flat = [int(stored[i, 0]) for i in range(3) if volume.array.shape[i] == 1]
+    if axis is None and len(flat) == 1:
+        axis = flat[0]
     if axis is None:
         order = np.argsort(mm)
         axis = int(order[2]) if volume.kind != "picture" and mm[order[2]] >= 2 * mm[order[1]] else 2
@@ -311,10 +329,10 @@ def guess_modality(volume):
 
 def intensity_range(volume, modality):
     """What becomes 0 and 1: CT [-100, 200] HU (paper), 8-bit pictures their 255, else the volume's 0.5/99.5 percentiles."""
-    if modality == "ct":
-        return -100.0, 200.0
     if volume.eight_bit and (volume.kind == "picture" or modality in ("xray", "ultrasound")):
         return 0.0, 255.0
+    if modality == "ct":
+        return -100.0, 200.0
     low, high = (float(v) for v in np.percentile(volume.array, (0.5, 99.5)))
     if high <= low:  # nearly empty, or constant
         low, high = float(volume.array.min()), float(volume.array.max())
@@ -420,7 +438,7 @@ def decode(painted, colors):
 # ---------------------------------------------------------------------------------------------------------------------
 # The prepared store: <store>/<dataset>/<case>/{image,label[,valid]}.npy + case.json, and <store>/<dataset>/dataset.json
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 MAX_SIDE = 512  # the training resolution before the crop; larger slices are reduced to it
 
 
@@ -438,11 +456,15 @@ def prepare_case(case, dataset):
     arrays = {"image": np.rint(to_unit(cut.cut(pair.image.array), scale) * 65535).astype(np.uint16)}
     label = cut.cut(pair.label.array)
     if dataset.colored:
+        if label.max() > len(dataset.labels):
+            raise DataError(f"{pair.label.path} holds the label {int(label.max())} but {dataset.name} has {len(dataset.labels)} classes: "
+                            "correct the label, or name the class")
         arrays["label"] = np.ascontiguousarray(label, np.uint8)
         label_scale = None
     else:
-        # A hole is filled in the scale of the picture around it; other labels have their own.
-        label_scale = scale if dataset.task == "inpainting" else intensity_range(pair.label, dataset.modality)
+        # A hole is filled in the scale of the picture around it; other labels have their own, and CT may become something else.
+        other = dataset.task == "synthesis" and dataset.modality == "ct" and guess_modality(pair.label) != "ct"
+        label_scale = scale if dataset.task == "inpainting" else intensity_range(pair.label, "mri" if other else dataset.modality)
         arrays["label"] = np.rint(to_unit(label, label_scale) * 65535).astype(np.uint16)
     if pair.valid is not None:
         arrays["valid"] = np.ascontiguousarray(cut.cut(pair.valid), np.uint8)
@@ -458,7 +480,7 @@ def prepare_case(case, dataset):
         foreground = [k for k in range(K) if (arrays["label"][k] > 0.02 * 65535).mean() > 0.01]
         foreground = [k for k in foreground if "valid" not in arrays or arrays["valid"][k].any()]
     spacing = (cut.spacing[0], cut.spacing[1] * H / size[0], cut.spacing[2] * W / size[1])
-    return arrays, {**identity(case), "version": STORE_VERSION, "slices": K,
+    return arrays, {**identity(case), **rules(dataset), "version": STORE_VERSION, "slices": K,
                     "size": list(size), "axis": cut.axis, "spacing": spacing, "scale": scale, "label_scale": label_scale,
                     "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "sources": signature(case)}
 
@@ -467,6 +489,11 @@ def shrink(stack, size, smooth):
     """(K, H, W) -> (K, *size), slice by slice, in the same dtype"""
     resize = resize_images if smooth else resize_labels
     return np.stack([resize(torch.from_numpy(s.astype(np.float32)), size).round().numpy().astype(stack.dtype) for s in stack])
+
+
+def rules(dataset):
+    """What decides how a case is prepared: another answer makes it anew."""
+    return {"modality": dataset.modality, "task": dataset.task, "labels": len(dataset.labels)}
 
 
 def identity(case):
@@ -491,6 +518,7 @@ def write_case(case, dataset, folder):
     temporary.mkdir(parents=True)
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array)
+    index["bytes"] = {p.name: p.stat().st_size for p in temporary.glob("*.npy")}
     (temporary / "case.json").write_text(json.dumps(index))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -516,10 +544,9 @@ def prepare(found, root, say=print):
             target = case_folder(folder, case)
             keep.add(target.name)
             try:
-                index = json.loads((target / "case.json").read_text())
-                fresh = index["version"] == STORE_VERSION and index["sources"] == signature(case)
-                fresh = fresh and {"kind": "", "height": None, **index}.items() >= identity(case).items()
-            except (OSError, ValueError, KeyError):
+                index = read_index(target)
+                fresh = index["sources"] == signature(case) and index.items() >= {**identity(case), **rules(hit.dataset)}.items()
+            except (DataError, KeyError):
                 fresh = False
             if not fresh:
                 try:
@@ -527,11 +554,31 @@ def prepare(found, root, say=print):
                 except DataError as error:
                     problems.setdefault(name, []).append(f"{case.name}: {error}")
                     keep.discard(target.name)
-        write_json(folder / "dataset.json", {**about, "root": str(hit.root), "cases": sorted(keep)})
+        about = json.loads(json.dumps({**about, "root": str(hit.root), "cases": sorted(keep)}))
+        try:
+            same = json.loads((folder / "dataset.json").read_text()) == about
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            write_json(folder / "dataset.json", about)
     for name, lines in problems.items():
         for line in lines:
             say(f"left out of {name}: {line}")
     return problems
+
+
+def read_index(folder):
+    """The index of a stored case. Raises DataError where it cannot be used, or an array is not as long as it was written."""
+    index = readers.read_json(folder / "case.json")
+    if isinstance(index, dict) and index.get("version", 0) > STORE_VERSION:
+        raise DataError(f"{folder} has store version {index['version']}, this code reads {STORE_VERSION}: update the code, or name another --store")
+    try:
+        whole = index["version"] == STORE_VERSION and all((folder / n).stat().st_size == b for n, b in index["bytes"].items())
+    except (OSError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{folder} is damaged: delete it and pass --data_root, it is made anew")
+    return index
 
 
 def write_json(path, value):
@@ -580,19 +627,15 @@ class Store:
         check_names(names, there, self.root)
         self.datasets, self.cases = {}, {}
         for name in names or there:
-            about = readers.read_json(there[name])
-            cases = []
-            for case in about.pop("cases"):
-                index = readers.read_json(self.root / name / case / "case.json")
-                if index["version"] != STORE_VERSION:
-                    raise DataError(f"{self.root / name / case} has store version {index['version']}, this code reads "
-                                    f"{STORE_VERSION}: update the code, or name another --store")
-                cases.append(StoredCase(self.root / name / case, *(index[k] for k in
-                             ("name", "patient", "split", "slices", "foreground", "classes")), index,
-                             index.get("kind", ""), index.get("height")))
-            about.pop("root")
-            self.datasets[name] = Dataset(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items()})
-            self.cases[name] = cases
+            try:
+                about = readers.read_json(there[name])
+                indices = [(self.root / name / case, read_index(self.root / name / case)) for case in about.pop("cases")]
+                about.pop("root")
+                self.datasets[name] = Dataset(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items()})
+            except (KeyError, TypeError, AttributeError):
+                raise DataError(f"{there[name]} is damaged: delete it and pass --data_root, it is made anew") from None
+            self.cases[name] = [StoredCase(folder, *(index[k] for k in ("name", "patient", "split", "slices", "foreground", "classes")),
+                                           index, index["kind"], index["height"]) for folder, index in indices]
 
     def split(self, name, split):
         return [c for c in self.cases[name] if c.split == split]
@@ -613,7 +656,7 @@ def open_store(data_root, store, names=None, brats_pairs=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling: which objective, which dataset, which slices, which colors
 
-SYNTHETIC, SYNTHETIC_EPOCH = "synthetic", 10_000  # the name of the procedural tasks; draws that count as an epoch (ours)
+SYNTHETIC_EPOCH = 10_000  # draws that count as an epoch of the procedural tasks (ours)
 OBJECTIVE = 2 ** 31 - 1  # stands for "all samples of the step" in a generator's key
 
 

@@ -147,6 +147,11 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the prompts")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     args = p.parse_args(argv)
+    for name in ("votes", "max_cases"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise DataError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+    if args.seed < 0:
+        raise DataError(f"--seed is {args.seed}: it must not be below 0")
     checkpoint = Path(args.checkpoint or infer.find_checkpoint())
     device, reason = mvg.pick_device(args.device)
     model = mvg.load(checkpoint, device)

@@ -30,6 +30,7 @@ from readers import DataError, shape_text
 
 MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 BATCH = 16        # slices painted at once
+MAX_FITS = 2 ** 26  # values of per-class fits held at once, 256 MiB
 LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
 
 
@@ -56,23 +57,29 @@ def paint(model, prompt_images, prompt_labels, images, mode):
 
 def choose_mode(model, segmentation, mode="auto"):
     """ar | canvas. auto: what the task was trained with; under the hybrid, ar for segmentation and canvas for images."""
+    if mode not in ("auto", "ar", "canvas"):
+        raise ValueError(f"mode is {mode!r}: choose auto, ar or canvas")
     if mode != "auto":
         return mode
     objective = model.meta.get("objective", "hybrid")
-    return {"ar": "ar", "mim": "canvas", "hybrid": "ar" if segmentation else "canvas"}[objective]
+    return {"ar": "ar", "mim": "canvas"}.get(objective, "ar" if segmentation else "canvas")
 
 
 def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", votes=1, seed=0, dataset=None):
     """How well every pixel fits each class: images (B, 1, s, s) -> (B, C + 1, s, s), summing to 1, background first.
 
     prompt_labels (n, 1, s, s) integers; classes: the C values that are asked for, all above 0.
-    votes: answers under so many colorings are averaged. dataset: whose colors a model trained on predefined ones uses.
+    votes: answers under so many random colorings are averaged. dataset: whose colors a model trained on predefined ones uses.
     """
     mode, coloring = choose_mode(model, True, mode), model.meta.get("coloring", "random")
     if coloring == "binary":  # one class against the rest, class by class
-        gray = [sum(paint(model, prompt_images, (prompt_labels == c).float(), images, mode)) / 1.0 for c in classes]
+        gray = []
+        for c in classes:
+            answers = paint(model, prompt_images, (prompt_labels == c).float(), images, mode)
+            gray.append(sum(answers) / len(answers))
         gray = torch.cat(gray, 1).clamp(0, 1)  # (B, C, s, s)
-        return torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)
+        fit = torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)
+        return fit / fit.sum(1, keepdim=True)
     rng, fit = np.random.default_rng(seed), 0
     for vote in range(votes):
         colors = data.spread_colors(len(classes))
@@ -105,16 +112,17 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=1, see
         images = torch.cat([data.resize_images(torch.from_numpy(np.ascontiguousarray(p[0][s])).float()[None, None], side)
                             for p, s in zip(prompts, shown)])
         labels = [torch.from_numpy(np.ascontiguousarray(p[1][s]))[None, None] for p, s in zip(prompts, shown)]
-        for part in (members[i:i + BATCH] for i in range(0, len(members), BATCH)):
+        shown_classes = sorted({int(v) for label in labels for v in label.unique().tolist()} - {0}) if segmentation else []
+        batch = max(1, min(BATCH, MAX_FITS // (H * W * (len(shown_classes) + 1))))
+        for part in (members[i:i + batch] for i in range(0, len(members), batch)):
             x = torch.from_numpy(np.ascontiguousarray(stack[part])).float()[:, None]
             x = data.resize_images(x, side)
             if segmentation:
-                classes = sorted({int(v) for label in labels for v in label.unique().tolist()} - {0})
-                if classes:
+                if shown_classes:
                     small = torch.cat([data.resize_labels(label.float(), side).round() for label in labels]).long()
-                    fit = segment(model, images, small, x, classes, mode, votes, seed, dataset)
+                    fit = segment(model, images, small, x, shown_classes, mode, votes, seed, dataset)
                     best = data.resize_images(fit, (H, W)).argmax(1).numpy()
-                    output[part] = np.array([0, *classes], output.dtype)[best]
+                    output[part] = np.array([0, *shown_classes], output.dtype)[best]
             else:
                 small = torch.cat([data.resize_images(label.float(), side) for label in labels])
                 answers = paint(model, images, small, x, choose_mode(model, False, mode))
@@ -124,14 +132,15 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=1, see
     return output
 
 
-def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=None):
+def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=None, dataset=None):
     """Answer one image.
 
     model_or_path   an MVG, or a checkpoint's path
     prompts         list of (image, label), (H, W) arrays; images in [0, 1]. Integer (or bool) labels mean segmentation:
                     the answer holds their values. Float labels in [0, 1] mean an image. Sizes may differ.
     image           (H, W) in [0, 1]
-    mode            auto | ar | canvas; votes: colorings averaged; device: for a path, see mvg.pick_device
+    mode            auto | ar | canvas; votes: colorings averaged; device: for a path, see mvg.pick_device; dataset: whose
+                    colors to use, for a model trained on predefined ones
     Returns (H, W): the labels' integer type, or float32 in [0, 1]. Raises ValueError for arrays of another form.
     """
     if not prompts:
@@ -149,19 +158,22 @@ def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=
         pairs = [(x, y.astype(np.uint8) if y.dtype == bool else y) for x, y in pairs]
         if min(int(y.min()) for _, y in pairs) < 0:
             raise ValueError(f"a prompt label holds {min(int(y.min()) for _, y in pairs)}: classes start at 0, the background")
-        kind = np.result_type(*(y.dtype for _, y in pairs))
-        pairs = [(x, y.astype(kind)) for x, y in pairs]
+        kind = pairs[0][1].dtype  # the answer's; inside, classes are numbered 0, 1, ...
+        values = np.unique(np.concatenate([[0], *(y.ravel().astype(np.int64) for _, y in pairs)]))
+        pairs = [(x, np.searchsorted(values, y.astype(np.int64))) for x, y in pairs]
     else:
         pairs = [(x, _checked(y, f"label of prompt {i}")) for i, (x, y) in enumerate(pairs)]
+    if votes < 1:
+        raise ValueError(f"votes is {votes}: it must be at least 1")
     model = model_or_path
     if not isinstance(model, mvg.MVG):
         device = mvg.pick_device(device)[0]
         model = mvg.load(model_or_path, device)
     training = model.training
     model.eval()
-    answer = predict_stack(model, [(x[None], y[None]) for x, y in pairs], image[None], segmentation, mode, votes, seed)[0]
+    answer = predict_stack(model, [(x[None], y[None]) for x, y in pairs], image[None], segmentation, mode, votes, seed, dataset)[0]
     model.train(training)
-    return answer
+    return values[answer].astype(kind) if segmentation else answer
 
 
 def _checked(array, what):
@@ -170,7 +182,9 @@ def _checked(array, what):
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"{what} is {shape_text(array.shape) or 'a number'}: pass one (H, W) slice")
     array = array.astype(np.float32)
-    if not np.isfinite(array).all() or array.min() < -1e-3 or array.max() > 1 + 1e-3:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} has {int((~np.isfinite(array)).sum())} values that are NaN or infinite: replace them")
+    if array.min() < -1e-3 or array.max() > 1 + 1e-3:
         raise ValueError(f"{what} reaches from {array.min():.4g} to {array.max():.4g}: scale it to [0, 1] (data.to_unit)")
     return array.clip(0, 1)
 
@@ -215,7 +229,7 @@ def is_segmentation(label, task):
     array = label.array
     if array.dtype.kind == "f" and np.abs(array - np.rint(array)).max() > 1e-3:
         return False
-    return len(np.unique(array)) <= MAX_CLASSES and array.min() >= 0
+    return len(np.unique(array)) <= MAX_CLASSES
 
 
 def write_like(path, array, like):
@@ -230,7 +244,7 @@ def write_like(path, array, like):
             header.set_data_dtype(array.dtype)
             header["cal_min"] = header["cal_max"] = 0
             kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-            nibabel.save(kind(array, None, header), temporary)
+            nibabel.save(kind(array.reshape(like.shape or array.shape), None, header), temporary)
         elif like.kind == "itk":
             import SimpleITK as sitk
             image = sitk.GetImageFromArray(np.ascontiguousarray(array[..., 0].T if like.header.GetDimension() == 2 else array.T))
@@ -247,8 +261,11 @@ def write_like(path, array, like):
         Path(temporary).unlink(missing_ok=True)
 
 
-def output_path(given, source):
-    """Where the answer goes: --output, or <input>_mvg of the input's kind (pictures: PNG, MetaImage: .mha)."""
+def output_path(given, source, inputs):
+    """Where the answer goes: --output, or <input>_mvg of the input's kind (pictures: PNG, MetaImage: .mha).
+
+    Raises DataError for a place that cannot be written, another kind of file, and any of `inputs`.
+    """
     kind = readers.extension(source.path)
     kind = ".png" if source.kind == "picture" else ".mha" if kind in (".mhd", ".mha") else ".nrrd" if kind in (".nrrd", ".nhdr") else kind
     path = Path(given) if given else source.path.with_name(readers.stem(source.path) + "_mvg" + kind)
@@ -257,9 +274,29 @@ def output_path(given, source):
         raise DataError(f"--output {path} cannot hold the answer to {source.path.name}: end it in {' or '.join(allowed)}")
     if not path.parent.is_dir():
         raise DataError(f"--output {path}: there is no folder {path.parent}: make it first")
-    if path.exists() and path.resolve() == source.path.resolve():
-        raise DataError(f"--output {path} is the input itself: name another file")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise DataError(f"--output {path} cannot be written there: name a file in a folder of yours")
+    if path.exists() and path.resolve() in [p.resolve() for p in inputs]:
+        raise DataError(f"--output {path} is one of the inputs: name another file")
     return path
+
+
+def answer_type(label, segmentation, output):
+    """The numbers of the answer's file: the smallest integers that hold the classes; floats for images, where a file can hold
+    them. Raises DataError where it cannot."""
+    floats = readers.extension(output) not in (".png",)
+    if segmentation:
+        kind = np.dtype(np.uint8 if label.array.max() <= 255 else np.uint16 if label.array.max() < 2 ** 16 else np.int64)
+        if label.kind != "picture" and kind != np.uint8:
+            kind = np.dtype(np.int32 if label.array.max() < 2 ** 31 else np.int64)
+        if kind.itemsize > 2 and readers.extension(output) in readers.PICTURE:
+            raise DataError(f"{label.path} holds the label {label.array.max()}, too large for a picture: renumber its classes below 65536")
+        return kind
+    if label.kind == "picture" and label.array.dtype.kind in "iu":
+        return np.dtype(np.uint8 if label.eight_bit else np.uint16)
+    if not floats:
+        raise DataError(f"--output {output} cannot hold the numbers of {label.path}, which are no integers of a picture: end it in .tif")
+    return np.dtype(np.float32)
 
 
 def main(argv=None):
@@ -275,21 +312,26 @@ def main(argv=None):
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
     add("--votes", type=int, default=1, help="colorings whose answers are averaged (ours)")
     add("--seed", type=int, default=0, help="of the votes")
+    add("--dataset", metavar="NAME", help="whose colors to use, for a model trained with --coloring predefined")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     args = p.parse_args(argv)
-    if args.votes < 1:
-        raise DataError(f"--votes is {args.votes}: it must be at least 1")
+    if args.votes < 1 or args.seed < 0:
+        raise DataError(f"--votes is {args.votes} and --seed {args.seed}: votes are at least 1, seeds not below 0")
 
     # ---- read everything before anything is computed
     prompt = readers.read_volume(args.prompt)
     label = readers.read_volume(args.prompt_label or find_label(args.prompt))
     source = readers.read_volume(args.input)
     readers.check_fit(label, prompt)
-    output = output_path(args.output, source)
+    output = output_path(args.output, source, (source.path, prompt.path, label.path))
     segmentation = is_segmentation(label, args.task)
+    if segmentation and readers.extension(label.path) in (".jpg", ".jpeg"):
+        raise DataError(f"{label.path} is a JPEG, which blurs classes into each other: save the mask as PNG")
     if segmentation:
+        label = readers.read_volume(label.path, mask=True)
         label.array = readers.integer_labels(label.array, label.path)
     modalities = [data.guess_modality(v) if args.modality == "auto" else args.modality for v in (prompt, source)]
+    kind = answer_type(label, segmentation, output)
     checkpoint = args.checkpoint or find_checkpoint()
     device, reason = mvg.pick_device(args.device)
     model = mvg.load(checkpoint, device)
@@ -298,7 +340,8 @@ def main(argv=None):
     cuts = [data.slicing(v) for v in (prompt, source)]
     images = data.to_unit(cuts[0].cut(prompt.array), data.intensity_range(prompt, modalities[0]))
     stack = data.to_unit(cuts[1].cut(source.array), data.intensity_range(source, modalities[1]))
-    label_range = None if segmentation else data.intensity_range(label, modalities[0])
+    label_modality = data.guess_modality(label) if args.modality == "auto" else args.modality
+    label_range = None if segmentation else data.intensity_range(label, label_modality)
     labels = cuts[0].cut(label.array) if segmentation else data.to_unit(cuts[0].cut(label.array), label_range)
     if segmentation:
         values, numbers = np.unique(labels, return_inverse=True)  # 0 stays 0, whatever the other values are
@@ -306,13 +349,13 @@ def main(argv=None):
         labels = np.searchsorted(values, labels)
     axes = [("sagittal", "coronal", "axial")[c.axis] for c in cuts]
     print(f"checkpoint {checkpoint}; device {device} ({reason})")
-    print(f"task {'segmentation' if segmentation else 'image'}; prompt {modalities[0]}, {len(images)} {axes[0]} slices; "
+    print(f"label {label.path}; task {'segmentation' if segmentation else 'image'}; prompt {modalities[0]}, {len(images)} {axes[0]} slices; "
           f"input {modalities[1]}, {len(stack)} {axes[1]} slices; mode {choose_mode(model, segmentation, args.mode)}")
     if modalities[0] != modalities[1]:
         print(f"warning: the prompt looks like {modalities[0]} and the input like {modalities[1]}: pass --modality if that is wrong")
     if axes[0] != axes[1]:
         print(f"warning: the prompt has {axes[0]} slices and the input {axes[1]} ones")
-    if not segmentation and modalities[0] == "ct":
+    if not segmentation and label_modality == "ct":
         print("note: CT is seen through the window [-100, 200] HU, so the answer stays inside it")
     slices = [(data.matching_slice(k, len(stack), len(images)),) for k in range(len(stack))]
     if segmentation:
@@ -320,19 +363,19 @@ def main(argv=None):
         if not everywhere:
             raise DataError(f"{label.path} is empty: pass a prompt with at least one class")
         print("classes shown: " + ", ".join(str(values[c]) for c in sorted(matched)))
+        if model.meta.get("coloring") == "predefined" and args.dataset not in model.meta["predefined"][0]:
+            print(f"warning: the model knows the colors of {', '.join(model.meta['predefined'][0])} only: pass --dataset, one of them")
         if everywhere - matched:
             print("warning: the prompt slices that match the input lack " + ", ".join(str(values[c]) for c in sorted(everywhere - matched)))
 
     # ---- answer, back on the input's grid
     with tqdm(total=len(stack), unit="slice", disable=None) as progress:
-        answer = predict_stack(model, [(images, labels)], stack, segmentation, args.mode, args.votes, args.seed, slices=slices, progress=progress)
+        answer = predict_stack(model, [(images, labels)], stack, segmentation, args.mode, args.votes, args.seed, args.dataset, slices, progress)
     if segmentation:
-        answer = values[answer].astype(np.uint8 if values.max() <= 255 else np.int32)
+        answer = values[answer]
     else:
         answer = answer * (label_range[1] - label_range[0]) + label_range[0]
-        if source.kind == "picture":  # no floats in a PNG
-            kind = np.dtype(np.uint8 if label.eight_bit else np.uint16)
-            answer = np.rint(answer).clip(0, np.iinfo(kind).max).astype(kind)
+    answer = answer.astype(kind) if kind.kind == "f" else np.rint(answer).clip(np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
     write_like(output, np.ascontiguousarray(cuts[1].restore(answer)), source)
     print(f"wrote {output} ({shape_text(source.array.shape)})")
 

@@ -543,7 +543,7 @@ def load(path, device="cpu"):
     try:
         model = MVG(Config(**checkpoint["config"]))
         model.load_state_dict({k: v.float() for k, v in checkpoint["model"].items()})
-    except (TypeError, RuntimeError, AttributeError) as error:
+    except (TypeError, RuntimeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path} does not fit this code ({str(error).splitlines()[0][:80]}): train it again") from None
-    model.meta = checkpoint.get("meta", {})
+    model.meta = meta if isinstance(meta := checkpoint.get("meta"), dict) else {}
     return model.to(device).eval()

@@ -17,8 +17,12 @@ nibabel, SimpleITK, Pillow and h5py are imported where they are used: a machine 
 import csv
 import hashlib
 import json
+import logging
+import os
 import re
+import sys
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +49,7 @@ class Volume:
     path: Path
     kind: str           # nifti | itk | picture | h5
     header: object = None  # nibabel header, or the SimpleITK image
+    shape: tuple = None    # as stored, where that is not three axes
     eight_bit: bool = False  # stored as uint8: 0..255 is its natural range
 
 
@@ -84,10 +89,11 @@ def shape_text(shape):
     return "x".join(str(n) for n in shape)
 
 
-def read_volume(path, channel=None):
+def read_volume(path, channel=None, mask=False):
     """Read one NIfTI, MetaImage, NRRD or picture file as a `Volume`; integers stay integers, scaled data is float32.
 
-    channel: which volume of a 4-D file; None refuses 4-D. Color pictures become gray.
+    channel: which volume of a 4-D file; None refuses 4-D. Color pictures become gray; as a mask, a palette picture keeps its
+    indices and a 1-bit picture its 0 and 1.
     Raises DataError for a missing, unreadable, 4-D, non-finite or empty file.
     """
     path = Path(path)
@@ -99,14 +105,15 @@ def read_volume(path, channel=None):
     if read is None:
         raise DataError(f"{path} is of an unknown kind {path.suffix or '(no extension)'!r}: pass one of {' '.join(EXTENSIONS)}")
     try:
-        volume = read(path, channel)
+        with quiet():
+            volume = read(path, channel, mask)
     except DataError:
         raise
     except MemoryError:
         raise DataError(f"{path} does not fit in memory: crop or resample it") from None
     except (OSError, EOFError, zlib.error, RuntimeError, ValueError, TypeError, KeyError, IndexError, OverflowError,
             SyntaxError) as error:
-        text = " ".join(str(error).split())[:100] or type(error).__name__
+        text = " ".join(str(error).split())[-100:] or type(error).__name__
         raise DataError(f"{path} cannot be read ({text}): the file is damaged or cut short, fetch it again") from None
     except Exception as error:  # nibabel has its own exception types
         raise DataError(f"{path} cannot be read ({type(error).__name__}): the file is damaged, fetch it again") from None
@@ -116,6 +123,20 @@ def read_volume(path, channel=None):
         bad = int((~np.isfinite(volume.array)).sum())
         raise DataError(f"{path} has {bad} voxels that are NaN or infinite: replace them, for example by the background value")
     return volume
+
+
+@contextmanager
+def quiet():
+    """Keep the libraries' own remarks off the terminal: what matters of them is in the error's one line."""
+    logging.getLogger("nibabel").setLevel(logging.CRITICAL)
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nothing)
 
 
 def _three_d(array, path, channel, fix):
@@ -134,7 +155,7 @@ def _check_size(shape, path):
         raise DataError(f"{path} claims {shape_text(shape)} voxels: its header is damaged, or resample it")
 
 
-def _read_nifti(path, channel):
+def _read_nifti(path, channel, mask):
     import nibabel
     image = nibabel.load(path)
     _check_size(image.shape, path)
@@ -149,12 +170,12 @@ def _read_nifti(path, channel):
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
     affine = image.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0)):
         raise DataError(f"{path} has an affine that cannot be inverted: repair its header")
-    return Volume(array, affine, path, "nifti", image.header, image.dataobj.dtype == np.uint8)
+    return Volume(array, affine, path, "nifti", image.header, image.shape if channel is None else None, image.dataobj.dtype == np.uint8)
 
 
-def _read_itk(path, channel):
+def _read_itk(path, channel, mask):
     import SimpleITK as sitk
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
@@ -176,32 +197,37 @@ def _read_itk(path, channel):
     affine[:k, 3] = image.GetOrigin()[:k]
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
-    return Volume(array, LPS_TO_RAS @ affine, path, "itk", image, array.dtype == np.uint8)
+    return Volume(array, LPS_TO_RAS @ affine, path, "itk", image, eight_bit=array.dtype == np.uint8)
 
 
-def _read_picture(path, channel):
+def _read_picture(path, channel, mask):
     from PIL import Image
+    Image.MAX_IMAGE_PIXELS = None  # MAX_VOXELS is the limit here
     with Image.open(path) as picture:
         _check_size(picture.size, path)
-        if picture.mode in ("1", "L", "P", "I", "F") or picture.mode.startswith("I;16"):
-            array = np.array(picture)  # a palette picture keeps its indices, which are the labels of a mask
+        if getattr(picture, "n_frames", 1) > 1:
+            raise DataError(f"{path} has {picture.n_frames} pages: save the one that is meant alone")
+        as_stored = ("1", "P") if mask else ()
+        if picture.mode in ("L", "I", "F", *as_stored) or picture.mode.startswith("I;16"):
+            array = np.array(picture)
         else:
             array = np.array(picture.convert("L"))
     array = array.astype(np.uint8) if array.dtype == bool else array
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
-    return Volume(array.T[:, :, None], LPS_TO_RAS, path, "picture", None, array.dtype == np.uint8)
+    return Volume(array.T[:, :, None], LPS_TO_RAS, path, "picture", eight_bit=array.dtype == np.uint8)
 
 
 def integer_labels(array, path):
     """Integer labels from whatever numbers a file stores them as. Raises DataError where they are no integers >= 0."""
-    rounded = np.rint(array)
+    rounded = np.rint(array) if array.dtype.kind == "f" else array
     if array.dtype.kind == "f" and np.abs(array - rounded).max() > 1e-3:
         value = float(array[np.abs(array - rounded) > 1e-3][0])
-        raise DataError(f"{path} holds {value:.4g}, which is no class: segmentation labels are integers (--task image for images)")
+        raise DataError(f"{path} holds {value:.4g}, which is no class: segmentation labels are integers (for images: --task image, or "
+                        "\"labels\": \"image\" in dataset.json)")
     if rounded.min() < 0:
         raise DataError(f"{path} holds the label {int(rounded.min())}: labels start at 0, the background")
-    return rounded.astype(np.int32 if rounded.max() > 255 else np.uint8)
+    return rounded.astype(np.uint8 if rounded.max() <= 255 else np.int32 if rounded.max() < 2 ** 31 else np.int64)
 
 
 def check_fit(label, image):
@@ -210,15 +236,16 @@ def check_fit(label, image):
         raise DataError(f"{label.path} is {shape_text(label.array.shape)} but its image is {shape_text(image.array.shape)}: "
                         "pass the label that belongs to it")
     if label.kind != "picture" and image.kind != "picture":
-        import nibabel
-        a, b = nibabel.aff2axcodes(label.affine), nibabel.aff2axcodes(image.affine)
-        if a != b:
-            raise DataError(f"{label.path} is stored as {''.join(a)} but its image as {''.join(b)}: resample it onto the image")
+        turned = [m[:3, :3] / np.linalg.norm(m[:3, :3], axis=0) for m in (label.affine, image.affine)]
+        if ((turned[0] * turned[1]).sum(0) < 0.7).any():  # an axis points elsewhere; slips of shift or spacing are common
+            import nibabel
+            a, b = ("".join(map(str, nibabel.aff2axcodes(v.affine))) for v in (label, image))
+            raise DataError(f"{label.path} is stored as {a} but its image as {b}: resample it onto the image")
 
 
 def load_pair(image, label, task="segmentation", positive=False, spacing=None, channel=None):
     """Read an image and its label. positive: any value above 0 is class 1. spacing: replaces an unreliable header (mm)."""
-    image, label = read_volume(image, channel), read_volume(label)
+    image, label = read_volume(image, channel), read_volume(label, mask=task == "segmentation")
     check_fit(label, image)
     label.affine = image.affine
     if task == "segmentation":

@@ -97,20 +97,24 @@ def parse(argv=None):
             if getattr(args, name) != saved["settings"].get(name):
                 raise DataError(f"{resume} was trained with --{name} {saved['settings'].get(name)}, now {getattr(args, name)}: "
                                 f"drop --{name}, or start anew with another --out")
-    try:
-        low, high = (int(n) for n in (args.num_prompts.split("-") * 2)[:2])
-    except ValueError:
-        low = high = 0
+    words = args.num_prompts.split("-")
+    low, high = (int(words[0]), int(words[-1])) if len(words) < 3 and all(w.isdigit() for w in words) else (0, 0)
     if not 1 <= low <= high:
         raise DataError(f"--num_prompts is {args.num_prompts!r}: write a number such as 1 or a range such as 1-4")
-    for name in ("seg_share", "mim_share", "mask_ratio", "hide_label", "empty_slices", "warmup", "drop_path"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise DataError(f"--{name} is {getattr(args, name)}: a share is from 0 to 1")
-    for name in ("epochs", "steps", "stop_at", "batch_size", "lr", "log_every", "save_every", "data_fraction"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise DataError(f"--{name} is {getattr(args, name)}: it must be above 0")
+    for names, low_end, high_end, words in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not (low_end <= value <= high_end):
+                raise DataError(f"--{name} is {value}: {words}")
     return args, (low, high)
 
+
+TINY, HUGE = 1e-12, 1e12
+RANGES = (("seg_share mim_share hide_label empty_slices warmup", 0, 1, "a share is from 0 to 1"),
+          ("mask_ratio data_fraction", TINY, 1, "a share above 0, at most 1"),
+          ("drop_path", 0, 0.99, "a rate is from 0 to below 1"),
+          ("epochs steps stop_at image_size batch_size lr beta clip log_every save_every", TINY, HUGE, "it must be above 0"),
+          ("seed workers weight_decay background_weight", 0, HUGE, "it must not be below 0"))
 
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",
@@ -162,12 +166,21 @@ def main(argv=None):
     # ---- data
     synthetic = data.SYNTHETIC in (args.datasets or ())
     names, store = [n for n in args.datasets or () if n != data.SYNTHETIC], None
-    if names or not synthetic:  # the first rank prepares the store, the others wait for the names it found
-        store = data.open_store(args.data_root, args.store, names, args.brats_pairs) if main_rank else None
+    if names or not synthetic:  # the first rank prepares the store, the others wait to hear what it found
+        found, problem = None, None
+        if main_rank:
+            try:
+                store = data.open_store(args.data_root, args.store, names, args.brats_pairs)
+                found = list(store.datasets)
+            except (ValueError, OSError) as error:
+                problem = str(error)
         if distributed:
-            names = [list(store.datasets) if main_rank else None]
-            dist.broadcast_object_list(names, device=device if device.type == "cuda" else None)
-            store = store or data.Store(args.store or data.default_store(args.data_root), names[0])
+            said = [found, problem]
+            dist.broadcast_object_list(said, device=device if device.type == "cuda" else None)
+            found, problem = said
+        if problem:  # all ranks end together, the first one says why
+            raise DataError(problem) if main_rank else SystemExit(2)
+        store = store or data.Store(args.store or data.default_store(args.data_root), found)
     torch.manual_seed(args.seed)
     model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
                       drop_path=args.drop_path, max_prompts=num_prompts[1])
@@ -199,8 +212,10 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         first = saved["step"]
+        if first >= min(steps, args.stop_at or steps):
+            raise DataError(f"{args.resume} has done {first} steps of {min(steps, args.stop_at or steps)}: ask for more --steps")
         say(f"going on from step {first} of {args.resume}")
-    elif (out / "last.pt").exists():
+    if (out / "last.pt").exists() and not (args.resume and (out / "last.pt").samefile(args.resume)):
         raise DataError(f"{out} already holds a run: go on with --resume, or name another --out")
     if main_rank:
         start_run_folder(out, args, model, store, episodes, steps, ranks, first)
@@ -212,8 +227,14 @@ def main(argv=None):
     stop = min(steps, args.stop_at or steps)
     loader = torch.utils.data.DataLoader(episodes, batch_sampler=data.Steps(first, stop, args.batch_size, rank, ranks),
                                          num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    stopping = []  # SIGTERM is noted, and read at logging steps, together on all ranks
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    stopping = []  # SIGTERM and Ctrl-C are noted, and read at logging steps, together on all ranks
+
+    def note(number, frame):
+        if stopping and number == signal.SIGINT:  # pressed again
+            raise KeyboardInterrupt
+        stopping.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     # ---- the loop
     rows = [(o, n) for o in ("mim", "ar") for n in episodes.names]  # what the log tells apart
@@ -276,7 +297,8 @@ def main(argv=None):
         if done == stop:
             break
 
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
     if distributed:
         dist.barrier()
         dist.destroy_process_group()
@@ -378,8 +400,11 @@ def draw_samples(out, model, episodes, device):
     for name in sorted(rows):
         s = {k: v[None].to(device) for k, v in rows[name].items() if torch.is_tensor(v)}
         labels = data.color(s["labels"], s["palette"], s["colored"])
-        prediction = model.predict(model.encode_prompts(s["images"][:, :-1], labels[:, :-1]), s["images"][:, -1])[:, None]
-        tiles = [s["images"][:, -2], labels[:, -2], s["images"][:, -1], labels[:, -1], prediction[:, 0]]
+        if episodes.objective == "ar" or episodes.objective == "hybrid" and s["colored"]:
+            prediction = model.predict(model.encode_prompts(s["images"][:, :-1], labels[:, :-1]), s["images"][:, -1])
+        else:
+            prediction = model.predict_canvas(s["images"][:, -2], labels[:, -2], s["images"][:, -1])
+        tiles = [s["images"][:, -2], labels[:, -2], s["images"][:, -1], labels[:, -1], prediction]
         picture.append(torch.cat([t[0, 0].cpu() for t in tiles], 1))
     model.train()
     grid = (torch.cat(picture).clamp(0, 1) * 255).byte().numpy()

@@ -331,6 +331,44 @@ def test_a_large_slice_is_reduced_to_the_training_resolution(tmp_path):
     assert set(np.unique(label)) == {0, 1}
 
 
+def test_another_description_of_the_dataset_makes_its_cases_anew(tmp_path):
+    root = tmp_path / "data" / "Dataset900_One"
+    write_pair(root, "a")
+    for change in ({}, {"channel_names": {"0": "CT"}}, {"labels": "image"}):
+        write_pair(root, "a", **change)
+        data.prepare(data.find(tmp_path / "data"), tmp_path / "store")
+        case = data.Store(tmp_path / "store").cases["Dataset900_One"][0]
+        assert (case.index["scale"] == [-100, 200]) == ("channel_names" in change)
+        assert (case.read(2)[1].max() <= 1) and (case.index["label_scale"] is None) == (change.get("labels") != "image")
+
+
+@pytest.mark.parametrize("damage", ("cut", "empty", "gone", "index", "list", "dataset"))
+def test_a_damaged_store_is_named_and_mended(tmp_path, damage):
+    write_pair(tmp_path / "data" / "Dataset900_One", "a")
+    found = data.find(tmp_path / "data")
+    data.prepare(found, tmp_path / "store")
+    case = tmp_path / "store" / "Dataset900_One" / "a"
+    {"cut": lambda: (case / "image.npy").write_bytes((case / "image.npy").read_bytes()[:500]), "empty": lambda: (case / "label.npy").write_bytes(b""),
+     "gone": (case / "label.npy").unlink, "index": lambda: (case / "case.json").write_text('{"version": 2}'),
+     "list": lambda: (case / "case.json").write_text("[]"), "dataset": lambda: (case.parent / "dataset.json").write_text("{}")}[damage]()
+    with pytest.raises(data.DataError, match="Dataset900_One.* is damaged"):
+        data.Store(tmp_path / "store")
+    data.prepare(found, tmp_path / "store")
+    assert data.Store(tmp_path / "store").cases["Dataset900_One"][0].read(0)[0].shape == (40, 40)
+
+
+def test_labels_and_names_must_fit(tmp_path, monkeypatch):
+    write_pair(tmp_path / "Dataset900_Nine", "a", value=9)
+    assert "holds the label 9" in data.prepare(data.find(tmp_path), tmp_path / "store")["Dataset900_Nine"][0]
+    for i, (name, about, words) in enumerate((("synthetic", {}, "rename the folder"), ("Dataset001_B", {"labels": {"background": 0}}, "no class above 0"))):
+        write_pair(tmp_path / str(i) / name, "a", **about)
+        with pytest.raises(data.DataError, match=words):
+            data.find(tmp_path / str(i))
+    assert set(data.find(tmp_path)) == {"Dataset900_Nine"}  # said, and the others go on
+    monkeypatch.chdir(tmp_path / "Dataset900_Nine")
+    assert set(data.find(".")) == {"Dataset900_Nine"}
+
+
 def test_a_newer_store_is_refused(tmp_path):
     write_pair(tmp_path / "Dataset900_One", "a")
     data.prepare(data.find(tmp_path), tmp_path / "store")

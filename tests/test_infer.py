@@ -245,13 +245,69 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, checkpoint, capsys
         ({"--checkpoint": t("none.pt")}, "none.pt: no such checkpoint"),
         ({"--output": t("out.png")}, "cannot hold the answer"),
         ({"--output": t("nowhere/out.nii.gz")}, "there is no folder"),
-        ({"--output": t("a.nii.gz")}, "is the input itself"),
+        ({"--output": t("a.nii.gz")}, "is one of the inputs"),
+        ({"--output": t("a_label.nii.gz")}, "is one of the inputs"),
+        ({"--output": tmp_path}, "cannot hold the answer"),
+        ({"--prompt_label": t("negative.nii.gz")}, "label -1"),
         ({"--device": "cuda:7"}, "cuda:7"),
         ({"--votes": "0"}, "at least 1"),
     ):
         argv = {"--prompt": good[0], "--input": good[0], "--checkpoint": checkpoint, **changed}
         assert words in failure(capsys, infer.main, *[x for pair in argv.items() for x in pair]), changed
         assert sorted(p.name for p in tmp_path.iterdir()) == before, changed
+
+
+@pytest.mark.parametrize("shape,axis", (((12, 1, 14), 1), ((1, 12, 14), 0), ((12, 14, 1), 2), ((12, 14), 2), ((12, 14, 3, 1), 2)))
+def test_single_slices_and_trailing_axes_come_back_in_their_shape(tmp_path, echo, shape, axis, capsys):
+    label = np.zeros(shape, np.uint8)
+    label[tuple(slice(n // 3, n // 3 + 4) if n > 3 else slice(None) for n in shape)] = 1
+    volume(tmp_path / "a.nii.gz", shape, np.diag([1, 1, 1, 1.0])), volume(tmp_path / "a_seg.nii.gz", label=label, affine=np.diag([1, 1, 1, 1.0]))
+    command("any", "--prompt", tmp_path / "a.nii.gz", "--input", tmp_path / "a.nii.gz")
+    assert ("sagittal", "coronal", "axial")[axis] in capsys.readouterr().out
+    assert np.array_equal(np.asarray(nibabel.load(tmp_path / "a_mvg.nii.gz").dataobj), label)
+
+
+def test_large_label_values(tmp_path, echo):
+    image, label = np.random.default_rng(0).random((24, 20)), np.zeros((24, 20), np.int64)
+    label[4:12, 4:12], label[14:20, 10:18] = 614454277, 2035
+    assert np.array_equal(infer.predict(echo, [(image, label)], image), label)
+    Image.fromarray((image * 255).astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.where(label == 2035, 2035, 0).astype(np.uint16)).save(tmp_path / "a_label.png")
+    command("any", "--prompt", tmp_path / "a.png", "--input", tmp_path / "a.png")
+    assert np.array_equal(np.array(Image.open(tmp_path / "a_mvg.png")), np.where(label == 2035, 2035, 0))
+
+
+def test_a_jpeg_is_no_mask_and_a_palette_picture_is_one(tmp_path, echo, capsys):
+    rng, label = np.random.default_rng(0), mask()[:, :, 3].T
+    palette = Image.fromarray(label, "L").convert("P")
+    palette = Image.frombytes("P", palette.size, label.tobytes())
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0] + [7] * 759)
+    palette.save(tmp_path / "a_label.png")
+    Image.fromarray(rng.integers(0, 255, label.shape, dtype=np.uint8)).save(tmp_path / "a.png")
+    command("any", "--prompt", tmp_path / "a.png", "--input", tmp_path / "a.png")
+    assert np.array_equal(np.array(Image.open(tmp_path / "a_mvg.png")), label)  # indices are the classes
+    assert readers.read_volume(tmp_path / "a_label.png").array.max() > 2  # as an image it is gray
+    Image.fromarray(label * 100).save(tmp_path / "blurred.jpg")
+    said = failure(capsys, infer.main, "--prompt", tmp_path / "a.png", "--prompt_label", tmp_path / "blurred.jpg", "--input", tmp_path / "a.png", "--task", "seg", "--checkpoint", "any")
+    assert "save the mask as PNG" in said
+
+
+def test_binary_coloring_averages_over_prompts(echo):
+    echo.meta = {"coloring": "binary"}
+    image, label = np.random.default_rng(0).random((64, 64)), np.zeros((64, 64), int)
+    label[10:40, 10:40] = 5
+    empty = np.zeros((64, 64), int)
+    assert np.array_equal(infer.predict(echo, [(image, label)], image), label)
+    half = infer.segment(echo, torch.zeros(2, 1, 64, 64), torch.from_numpy(np.stack([label, empty]))[:, None], torch.zeros(1, 1, 64, 64), [5])
+    assert half[0, :, 20, 20].tolist() == [0.5, 0.5] and torch.allclose(half.sum(1), torch.ones(1, 64, 64))
+
+
+def test_ct_to_mri_is_in_the_units_of_the_mri(tmp_path, echo):
+    x = np.linspace(-1000, 1000, 20)[:, None, None] * np.ones((20, 24, 6))
+    volume(tmp_path / "a.nii.gz", label=x.astype(np.float32)), volume(tmp_path / "a_target.nii.gz", label=(700 + x / 2.5).astype(np.float32))
+    command("any", "--prompt", tmp_path / "a.nii.gz", "--input", tmp_path / "a.nii.gz")
+    answer = np.asarray(nibabel.load(tmp_path / "a_mvg.nii.gz").dataobj)
+    assert answer.min() < 330 and answer.max() > 1070
 
 
 def test_the_command_line_ends_with_status_2(tmp_path):

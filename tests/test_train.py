@@ -119,6 +119,13 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(store, tmp_path):
         train.main(["--resume", str(tmp_path / "r" / "last.pt"), "--seed", "1"])
     with pytest.raises(data.DataError, match="acdc"):
         train.main(["--resume", "--out", str(tmp_path / "r"), "--datasets", "acdc"])
+    with pytest.raises(data.DataError, match="done 1 steps of 1"):
+        train.main(["--resume", "--out", str(tmp_path / "r"), "--steps", "1"])
+    run(store, tmp_path / "other", "--steps", "1")
+    before = (tmp_path / "other" / "last.pt").read_bytes()
+    with pytest.raises(data.DataError, match="already holds a run"):
+        train.main([f"--resume={tmp_path / 'r' / 'last.pt'}", f"--out={tmp_path / 'other'}"])
+    assert (tmp_path / "other" / "last.pt").read_bytes() == before
 
 
 def test_the_run_folder(store, tmp_path):
@@ -247,7 +254,10 @@ def test_bad_training_input_gets_one_line(stand_ins, store, tmp_path, capsys):
         (["--store", store.root, "--datasets", "la", "hippocampus"], "did you mean msd_hippocampus"),
         ([], "--data_root"),
         (["--store", store.root, "--num_prompts", "4-1"], "range such as 1-4"),
-        (["--store", store.root, "--mask_ratio", "1.5"], "from 0 to 1"),
+        (["--store", store.root, "--mask_ratio", "1.5"], "at most 1"),
+        (["--store", store.root, "--steps", "0"], "--steps is 0"),
+        (["--store", store.root, "--seed", "-1"], "--seed is -1"),
+        (["--store", store.root, "--num_prompts", "1-2-3"], "range such as 1-4"),
         (["--store", store.root, "--image_size", "100", "--model", "tiny"], "multiple of the patch size"),
         (["--store", store.root, "--device", "cuda:9"], "cuda:9"),
         (["--resume", tmp_path / "no.pt"], "no.pt"),
