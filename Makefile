@@ -18,17 +18,17 @@ test-slow: .venv/done
 	$(BIN)/python -m pytest -q -s -m slow tests
 
 # Stand-in data in native layouts (demo/), a few minutes of training (runs/demo), one prompt, scores, a figure.
-DEMO_DATASETS = acdc la msd_hippocampus Dataset801_NerveUltrasound Dataset802_MsT1ToFlair
+DEMO_DATASETS = la msd_hippocampus Dataset802_MsT1ToFlair
 DEMO_STEPS ?= 400
-DEMO_ACDC = demo/data/ACDC/database
+DEMO_SCAN = demo/data/Task04_Hippocampus/imagesTr/hippocampus_
 
 demo: .venv/done
 	rm -rf demo runs/demo
 	$(BIN)/python phantom.py --out demo/data --datasets $(DEMO_DATASETS)
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=1 train.py --data_root demo/data --store demo/store \
 	    --out runs/demo --model demo --optimizer muon --steps $(DEMO_STEPS) --log_every 50
-	$(BIN)/python infer.py --checkpoint runs/demo/last.pt --prompt $(DEMO_ACDC)/training/patient001/patient001_frame01.nii.gz \
-	    --input $(DEMO_ACDC)/testing/patient101/patient101_frame01.nii.gz --output demo/answer.nii.gz
+	$(BIN)/python infer.py --checkpoint runs/demo/last.pt --prompt $(DEMO_SCAN)001.nii.gz --input $(DEMO_SCAN)023.nii.gz \
+	    --output demo/answer.nii.gz
 	$(BIN)/python eval.py --data_root demo/data --store demo/store --checkpoint runs/demo/last.pt --out runs/demo/eval
 	@echo "figure: runs/demo/eval/examples.png; the answer to the prompt: demo/answer.nii.gz; training: runs/demo/loss.png, samples.png"
 
