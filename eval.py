@@ -207,7 +207,7 @@ def draw_examples(path, examples):
     if not examples:
         return
     figure, axes = plt.subplots(len(examples), 5, figsize=(10, 2.1 * len(examples)), squeeze=False)
-    for row, (name, dataset, a) in zip(axes, examples):
+    for n, (row, (name, dataset, a)) in enumerate(zip(axes, examples)):
         k = len(a["images"]) // 2
         panels = [("prompt", a["prompt_images"][k], None), ("prompt label", a["prompt_images"][k], a["prompt_labels"][k]),
                   ("image", a["images"][k], None), ("truth", a["images"][k], a["truth"][k]), ("prediction", a["images"][k], a["prediction"][k])]
@@ -217,7 +217,7 @@ def draw_examples(path, examples):
                 axis.imshow(np.ma.masked_equal(label, 0), cmap="tab20" if len(dataset.labels) > 10 else "tab10", alpha=0.6,
                             vmin=1, vmax=20 if len(dataset.labels) > 10 else 10, interpolation="nearest")
             axis.set_xticks([]), axis.set_yticks([])
-            if row is axes[0]:
+            if n == 0:
                 axis.set_title(title, fontsize=9)
         row[0].set_ylabel(name, fontsize=8)
     figure.tight_layout()
