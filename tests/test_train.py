@@ -43,7 +43,7 @@ def test_a_tiny_model_overfits_four_pairs_with_colors_redrawn(store):
     images = torch.stack([data.resize_images(image, (128, 128)) for image, _ in slices[:8]]).view(4, 2, 1, 128, 128)
     labels = torch.stack([data.resize_labels(label, (128, 128)) for _, label in slices[:8]]).float().view(4, 2, 1, 128, 128)
     torch.manual_seed(0)
-    model, steps = mvg.build("tiny", 128, drop_path=0.0), 400
+    model, steps = mvg.build("tiny", 128, drop_path=0.0), 500
     args = train.parse(["--optimizer", "muon", "--weight_decay", "0"])[0]
     optimizers, rng, colored = train.make_optimizers(model, args), np.random.default_rng(0), torch.ones(4, dtype=torch.bool)
 
@@ -64,11 +64,9 @@ def test_a_tiny_model_overfits_four_pairs_with_colors_redrawn(store):
         loss = model(images, data.color(labels, palettes(), colored), "ar", colored=colored, background_weight=1.0)[0]
         loss.backward()
         train.update(optimizers, torch.tensor(False))
-        if step % 25 == 24 and min(iou() for _ in range(3)) > 0.97:
-            break
-    score = min(iou() for _ in range(3))
-    print(f"IoU {score:.3f} after {step + 1} steps")
-    assert score > 0.95
+    scores = [iou() for _ in range(10)]  # under ten colorings, each new to the model
+    print(f"IoU {np.mean(scores):.3f}, lowest {min(scores):.3f}, after {steps} steps")
+    assert np.mean(scores) > 0.95
 
 
 # ---- it repeats and resumes
