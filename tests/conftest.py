@@ -10,7 +10,10 @@ FIVE = ["acdc", "la", "msd_hippocampus", "Dataset801_NerveUltrasound", "Dataset8
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not keep others from working; before torch
 
+import torch
+
 import data
+import mvg
 import phantom
 
 
@@ -35,3 +38,12 @@ def real():
     if not REAL.is_dir():
         pytest.skip(f"real scans are not here ({REAL})")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of a small model with fresh weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "m.pt"
+    mvg.save(path, mvg.build("demo", 32))
+    return path

@@ -71,14 +71,6 @@ def test_means_are_over_classes_then_cases():
     assert s["per_class"]["liver"] == {"IoU": 0.75, "Dice": pytest.approx(5 / 6), "cases": 2} and s["per_class"]["spleen"]["cases"] == 1
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint") / "m.pt"
-    mvg.save(path, mvg.build("demo", 32))
-    return path
-
-
 def test_results(store, checkpoint, tmp_path):
     argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--max_cases", "2"]
     evaluation.main([*argv, "--out", str(tmp_path / "a")])

@@ -39,14 +39,6 @@ def echo(monkeypatch):
     return model
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint") / "m.pt"
-    mvg.save(path, mvg.build("demo", 32))
-    return path
-
-
 def volume(path, shape=(20, 24, 6), affine=None, seed=0, label=None):
     """A NIfTI with noise, or with the label given."""
     array = np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32) if label is None else label
