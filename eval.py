@@ -11,7 +11,6 @@ Writes results.json, cases.csv (a line a case and class) and examples.png into -
 
 import argparse
 import csv
-import json
 import time
 import zlib
 from pathlib import Path

@@ -119,7 +119,8 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=1, see
             x = data.resize_images(x, side)
             if segmentation:
                 if shown_classes:
-                    small = torch.cat([data.resize_labels(label.float(), side).round() for label in labels]).long()
+                    values = torch.tensor([0, *shown_classes])  # resized by their numbers: floats hold no large values
+                    small = torch.cat([values[data.resize_labels(torch.searchsorted(values, label.long()), side)] for label in labels])
                     fit = segment(model, images, small, x, shown_classes, mode, votes, seed, dataset)
                     best = data.resize_images(fit, (H, W)).argmax(1).numpy()
                     output[part] = np.array([0, *shown_classes], output.dtype)[best]
@@ -158,9 +159,9 @@ def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=
         pairs = [(x, y.astype(np.uint8) if y.dtype == bool else y) for x, y in pairs]
         if min(int(y.min()) for _, y in pairs) < 0:
             raise ValueError(f"a prompt label holds {min(int(y.min()) for _, y in pairs)}: classes start at 0, the background")
-        kind = pairs[0][1].dtype  # the answer's; inside, classes are numbered 0, 1, ...
-        values = np.unique(np.concatenate([[0], *(y.ravel().astype(np.int64) for _, y in pairs)]))
-        pairs = [(x, np.searchsorted(values, y.astype(np.int64))) for x, y in pairs]
+        kind = np.result_type(*(y.dtype for _, y in pairs))
+        kind = kind if kind.kind in "iu" else np.dtype(np.int64)  # numpy makes floats of uint64 beside int
+        pairs = [(x, y.astype(np.int64)) for x, y in pairs]
     else:
         pairs = [(x, _checked(y, f"label of prompt {i}")) for i, (x, y) in enumerate(pairs)]
     if votes < 1:
@@ -173,7 +174,7 @@ def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=
     model.eval()
     answer = predict_stack(model, [(x[None], y[None]) for x, y in pairs], image[None], segmentation, mode, votes, seed, dataset)[0]
     model.train(training)
-    return values[answer].astype(kind) if segmentation else answer
+    return answer.astype(kind) if segmentation else answer
 
 
 def _checked(array, what):
@@ -284,7 +285,6 @@ def output_path(given, source, inputs):
 def answer_type(label, segmentation, output):
     """The numbers of the answer's file: the smallest integers that hold the classes; floats for images, where a file can hold
     them. Raises DataError where it cannot."""
-    floats = readers.extension(output) not in (".png",)
     if segmentation:
         kind = np.dtype(np.uint8 if label.array.max() <= 255 else np.uint16 if label.array.max() < 2 ** 16 else np.int64)
         if label.kind != "picture" and kind != np.uint8:
@@ -294,7 +294,7 @@ def answer_type(label, segmentation, output):
         return kind
     if label.kind == "picture" and label.array.dtype.kind in "iu":
         return np.dtype(np.uint8 if label.eight_bit else np.uint16)
-    if not floats:
+    if readers.extension(output) == ".png":
         raise DataError(f"--output {output} cannot hold the numbers of {label.path}, which are no integers of a picture: end it in .tif")
     return np.dtype(np.float32)
 
@@ -320,7 +320,7 @@ def main(argv=None):
 
     # ---- read everything before anything is computed
     prompt = readers.read_volume(args.prompt)
-    label = readers.read_volume(args.prompt_label or find_label(args.prompt))
+    label = readers.read_volume(args.prompt_label or find_label(args.prompt), mask=args.task != "image")
     source = readers.read_volume(args.input)
     readers.check_fit(label, prompt)
     output = output_path(args.output, source, (source.path, prompt.path, label.path))
@@ -328,8 +328,9 @@ def main(argv=None):
     if segmentation and readers.extension(label.path) in (".jpg", ".jpeg"):
         raise DataError(f"{label.path} is a JPEG, which blurs classes into each other: save the mask as PNG")
     if segmentation:
-        label = readers.read_volume(label.path, mask=True)
         label.array = readers.integer_labels(label.array, label.path)
+    elif label.kind == "picture":  # its grays, not the indices of a palette
+        label = readers.read_volume(label.path)
     modalities = [data.guess_modality(v) if args.modality == "auto" else args.modality for v in (prompt, source)]
     kind = answer_type(label, segmentation, output)
     checkpoint = args.checkpoint or find_checkpoint()
@@ -343,10 +344,6 @@ def main(argv=None):
     label_modality = data.guess_modality(label) if args.modality == "auto" else args.modality
     label_range = None if segmentation else data.intensity_range(label, label_modality)
     labels = cuts[0].cut(label.array) if segmentation else data.to_unit(cuts[0].cut(label.array), label_range)
-    if segmentation:
-        values, numbers = np.unique(labels, return_inverse=True)  # 0 stays 0, whatever the other values are
-        values = values if values[0] == 0 else np.array([0, *values])
-        labels = np.searchsorted(values, labels)
     axes = [("sagittal", "coronal", "axial")[c.axis] for c in cuts]
     print(f"checkpoint {checkpoint}; device {device} ({reason})")
     print(f"label {label.path}; task {'segmentation' if segmentation else 'image'}; prompt {modalities[0]}, {len(images)} {axes[0]} slices; "
@@ -362,18 +359,16 @@ def main(argv=None):
         everywhere, matched = set(np.unique(labels)) - {0}, set(np.unique(labels[sorted({s for s, in slices})])) - {0}
         if not everywhere:
             raise DataError(f"{label.path} is empty: pass a prompt with at least one class")
-        print("classes shown: " + ", ".join(str(values[c]) for c in sorted(matched)))
+        print("classes shown: " + ", ".join(map(str, sorted(matched))))
         if model.meta.get("coloring") == "predefined" and args.dataset not in model.meta["predefined"][0]:
             print(f"warning: the model knows the colors of {', '.join(model.meta['predefined'][0])} only: pass --dataset, one of them")
         if everywhere - matched:
-            print("warning: the prompt slices that match the input lack " + ", ".join(str(values[c]) for c in sorted(everywhere - matched)))
+            print("warning: the prompt slices that match the input lack " + ", ".join(map(str, sorted(everywhere - matched))))
 
     # ---- answer, back on the input's grid
     with tqdm(total=len(stack), unit="slice", disable=None) as progress:
         answer = predict_stack(model, [(images, labels)], stack, segmentation, args.mode, args.votes, args.seed, args.dataset, slices, progress)
-    if segmentation:
-        answer = values[answer]
-    else:
+    if not segmentation:
         answer = answer * (label_range[1] - label_range[0]) + label_range[0]
     answer = answer.astype(kind) if kind.kind == "f" else np.rint(answer).clip(np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
     write_like(output, np.ascontiguousarray(cuts[1].restore(answer)), source)

@@ -294,6 +294,20 @@ def test_binary_coloring_averages_over_prompts(echo):
     assert half[0, :, 20, 20].tolist() == [0.5, 0.5] and torch.allclose(half.sum(1), torch.ones(1, 64, 64))
 
 
+def test_predefined_colors_are_those_of_the_class_whatever_else_is_shown(tmp_path, echo, monkeypatch):
+    """Classes 1 and 3 without 2 keep their own grays, from Python and from the command line."""
+    echo.meta, seen = {"coloring": "predefined", "predefined": [{"acdc": 10}, 20]}, []
+    monkeypatch.setattr(echo, "encode_prompts", lambda images, labels: seen.append(labels.unique().tolist()) or labels[:, 0])
+    image, label = np.random.default_rng(0).random((64, 64)), np.zeros((64, 64), np.uint8)
+    label[4:20, 4:20], label[30:50, 30:50] = 1, 3
+    assert np.array_equal(infer.predict(echo, [(image, label)], image, dataset="acdc"), label)
+    Image.fromarray((image * 255).astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(label).save(tmp_path / "a_label.png")
+    command("any", "--prompt", tmp_path / "a.png", "--input", tmp_path / "a.png", "--dataset", "acdc")
+    assert np.array_equal(np.array(Image.open(tmp_path / "a_mvg.png")), label)
+    assert len(seen) == 2 and all(grays == pytest.approx([0, 11 / 20, 13 / 20]) for grays in seen)
+
+
 def test_ct_to_mri_is_in_the_units_of_the_mri(tmp_path, echo):
     x = np.linspace(-1000, 1000, 20)[:, None, None] * np.ones((20, 24, 6))
     volume(tmp_path / "a.nii.gz", label=x.astype(np.float32)), volume(tmp_path / "a_target.nii.gz", label=(700 + x / 2.5).astype(np.float32))
