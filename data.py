@@ -438,7 +438,7 @@ def decode(painted, colors):
 # ---------------------------------------------------------------------------------------------------------------------
 # The prepared store: <store>/<dataset>/<case>/{image,label[,valid]}.npy + case.json, and <store>/<dataset>/dataset.json
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 MAX_SIDE = 512  # the training resolution before the crop; larger slices are reduced to it
 
 
@@ -479,10 +479,16 @@ def prepare_case(case, dataset):
         classes = [[] for _ in range(K)]
         foreground = [k for k in range(K) if (arrays["label"][k] > 0.02 * 65535).mean() > 0.01]
         foreground = [k for k in foreground if "valid" not in arrays or arrays["valid"][k].any()]
+    boxes = []
+    for x1, y1, x2, y2 in pair.boxes:  # (top, left, bottom, right) in pixels of the stored picture, first to last
+        filled = np.zeros(pair.image.array.shape, bool)
+        filled[x1:x2 + 1, y1:y2 + 1] = True
+        _, rows, columns = np.nonzero(cut.cut(filled))
+        boxes.append([int(rows.min() * size[0] / H), int(columns.min() * size[1] / W), int(rows.max() * size[0] / H), int(columns.max() * size[1] / W)])
     spacing = (cut.spacing[0], cut.spacing[1] * H / size[0], cut.spacing[2] * W / size[1])
     return arrays, {**identity(case), **rules(dataset), "version": STORE_VERSION, "slices": K,
                     "size": list(size), "axis": cut.axis, "spacing": spacing, "scale": scale, "label_scale": label_scale,
-                    "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "sources": signature(case)}
+                    "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "boxes": boxes, "sources": signature(case)}
 
 
 def shrink(stack, size, smooth):
@@ -690,6 +696,7 @@ class Episodes(torch.utils.data.Dataset):
     """Training samples by number: `episodes[step, i]` is sample i of the global batch of a step, always the same one.
 
     `synthetic` adds the endless procedural tasks (synthetic.py) to both groups, under that name; they need no store.
+    augment: the share of samples from the store that `augment` changes.
     A sample (S = prompts + 1 pairs, the task pair last):
         images, labels  (S, 1, H, W) float32; labels are classes where `colored`, else [0, 1]
         valid           (S, 1, H, W) uint8
@@ -699,11 +706,11 @@ class Episodes(torch.utils.data.Dataset):
 
     def __init__(self, store, image_size, patch, depth, seed=0, num_prompts=(1, 1), objective="hybrid", seg_share=0.5,
                  mim_share=0.9, mask_ratio=0.75, hide_label=0.1, coloring="random", first_term="auto",
-                 dataset_weights="equal", data_fraction=1.0, empty_slices=0.0, synthetic=False):
+                 dataset_weights="equal", data_fraction=1.0, empty_slices=0.0, synthetic=False, synthetic_share=None, augment=0.0):
         self.store, self.image_size, self.patch, self.depth, self.seed = store, image_size, patch, depth, seed
         self.num_prompts, self.objective, self.mim_share = num_prompts, objective, mim_share
         self.mask_ratio, self.hide_label, self.coloring, self.first_term = mask_ratio, hide_label, coloring, first_term
-        self.empty_slices = empty_slices
+        self.empty_slices, self.synthetic_share, self.augment = empty_slices, synthetic_share, augment
         self.datasets = store.datasets if store else {}
         self.names = sorted(self.datasets) + [SYNTHETIC] * synthetic
         self.predefined = predefined_offsets(self.datasets.values())
@@ -728,7 +735,10 @@ class Episodes(torch.utils.data.Dataset):
         self.seg_share = 1.0 if not self.groups[False] else 0.0 if not self.groups[True] else seg_share
 
     def _weights(self, names, rule):
+        """How likely each dataset of a group is; the procedural tasks have `synthetic_share` of it, if that is given."""
         size = np.array([self._size(n) if rule == "size" else 1.0 for n in names])
+        if self.synthetic_share is not None and SYNTHETIC in names and len(names) > 1:
+            size = np.append(size[:-1] / size[:-1].sum() * (1 - self.synthetic_share), self.synthetic_share)  # it is the last one
         return size / size.sum() if len(names) else size
 
     def __len__(self):
@@ -768,6 +778,8 @@ class Episodes(torch.utils.data.Dataset):
             chosen = [self.draw_prompt(cases, at, k, rng) for _ in range(prompts)] + [(cases[at], k)]
             pairs = [self.crop(*case.read(k), group, rng) for case, k in chosen]
             images, labels, valid = (torch.stack([p[j] for p in pairs])[:, None] for j in range(3))
+            if self.augment and rng.random() < self.augment:
+                images, labels, valid = augment(images, labels, valid, group, rng)
         shown = np.unique(labels[:-1].numpy()).astype(int) if group else []
         palette = make_palette([c for c in shown if c], self.coloring, rng, name, self.predefined)
         N = (self.image_size // self.patch) ** 2
@@ -804,6 +816,42 @@ class Episodes(torch.utils.data.Dataset):
         label = resize_labels(label, (full, full)) if colored else resize_images(label, (full, full)).clamp(0, 1)
         valid = resize_labels(valid, (full, full))
         return tuple(t[y:y + size, x:x + size].contiguous() for t in (image, label, valid))
+
+
+def augment(images, labels, valid, colored, rng):
+    """Another task made of the pairs (S, 1, H, W) of a sample, so that few datasets teach more than themselves (ours; the idea
+    is the task augmentation of UniverSeg, Butoi et al. 2023).
+
+    All pairs alike are mirrored and turned by quarters. With classes, all are also zoomed and get the same random curve of
+    intensities, which makes other contrasts of the same anatomy; each is turned, moved, zoomed and brightened a little; and
+    half of the time only some of the classes are asked for.
+    """
+    S = len(images)
+    zoom, move, turn, fine = np.ones(S), np.zeros((S, 2)), np.full(S, rng.integers(4) * np.pi / 2), colored
+    mirror = rng.choice([-1, 1])
+    if fine:
+        zoom = np.exp(rng.uniform(-0.5, 0.15) + rng.normal(0, 0.08, S))
+        move, turn = rng.uniform(-0.15, 0.15, 2) + rng.normal(0, 0.06, (S, 2)), turn + rng.normal(0, 0.12, S)
+    c, s = np.cos(turn) * zoom, np.sin(turn) * zoom
+    theta = torch.from_numpy(np.stack([np.stack([c * mirror, -s, move[:, 0]], -1), np.stack([s * mirror, c, move[:, 1]], -1)], 1)).float()
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    sample = lambda x, mode: F.grid_sample(x.float(), grid, mode=mode, align_corners=False)
+    images, valid = sample(images, "bilinear"), sample(valid, "nearest").to(valid.dtype)
+    labels = sample(labels, "nearest" if colored else "bilinear")
+    shown = labels[:-1].unique()[1:].numpy() if colored else []
+    if len(shown) > 1 and rng.random() < 0.5:
+        asked = torch.from_numpy(rng.permutation(shown)[:rng.integers(1, len(shown))])
+        labels = labels * torch.isin(labels, asked)
+    if fine and rng.random() < 0.7:
+        at = np.linspace(0, 1, rng.integers(3, 8))
+        curve = rng.random(len(at))
+        if rng.random() < 0.5:  # what is black stays black
+            curve[0] = 0
+        images = torch.stack([torch.from_numpy(np.interp(x.numpy(), at, (curve + rng.normal(0, 0.04, len(at))).clip(0, 1))).float() for x in images])
+    if fine:
+        gamma, noise = np.exp(rng.normal(0, 0.2, S)), rng.standard_normal(images.shape, dtype=np.float32) * abs(rng.normal(0, 0.04))
+        images = (images.clamp(0, 1) ** torch.from_numpy(gamma).float()[:, None, None, None] + torch.from_numpy(noise)).clamp(0, 1)
+    return images, labels, valid
 
 
 class Steps:

@@ -58,6 +58,7 @@ class Pair:
     image: Volume
     label: Volume
     valid: np.ndarray = None  # same shape, True where the label has a truth; None: everywhere
+    boxes: tuple = ()         # of a picture (X, Y): (first x, first y, last x, last y) of every box drawn into the label
 
 
 @dataclass
@@ -631,20 +632,20 @@ def load_boxes(picture, table, boxes, spacing):
     if len(spacing) == 2:
         image.affine = image.affine @ np.diag([*spacing, 1.0, 1.0])
     label = Volume(image.array.copy(), image.affine, table, "picture")
-    for box in boxes:
-        draw_box(label.array[:, :, 0], box)
-    return Pair(image, label)
+    return Pair(image, label, boxes=tuple(draw_box(label.array[:, :, 0], box) for box in boxes))
 
 
 def draw_box(array, box, value=200):
     """Paint the outline of a box on (X, Y): the two pixels nearest to its line, where they are inside. box: x1, y1, x2, y2,
-    1-based as in the table."""
+    1-based as in the table. Returns (first x, first y, last x, last y) of what is painted, from 0."""
     two = lambda at: slice(max(at, 0), max(at + 2, 0))
     x1, y1, x2, y2 = (int(np.floor(v - 1)) for v in box)
     for x in (x1, x2):
         array[two(x), max(y1, 0):max(y2 + 2, 0)] = value
     for y in (y1, y2):
         array[max(x1, 0):max(x2 + 2, 0), two(y)] = value
+    last = [min(v + 1, n - 1) for v, n in zip((x2, y2), array.shape)]
+    return max(x1, 0), max(y1, 0), *last
 
 
 def decathlon(folder):

@@ -1,8 +1,9 @@
 """Endless synthetic tasks: train with no data at all (`--datasets synthetic`), or beside real data.
 
-A task is an invented anatomy: a body with organs of random shape (blobs, rings, crescents, tubes, mirrored pairs) or, now
-and then, plain random regions. Its subjects differ as people do (place, size, turn, organ by organ, a smooth warp, an organ
-missing) and are imaged with a random contrast, texture, blur, bias field and noise. A task asks for a random subset of the
+A task is an invented anatomy: a body with organs of random shape (blobs, rings, crescents, tubes, mirrored pairs, organs in
+two parts, a chamber in its wall beside another), whole or in close-up; layers of tissue as an ultrasound probe sees them; or
+plain random regions. Its subjects differ as people do (place, size, turn, organ by organ, a smooth warp, an organ missing,
+things that only one of them has) and are imaged with a random contrast, texture, blur, bias field and noise. A task asks for a random subset of the
 structures, or is image-to-image: denoise, inpaint, another contrast, sharpen, draw a box around a structure. Nothing of it
 repeats, so that a model cannot remember a dataset and has to read the prompt. The idea that random shapes and contrasts teach
 what transfers to scans is that of SynthSeg and SynthMorph.
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SHAPES = ("blob", "blob", "blob", "ring", "crescent", "tube", "mirrored")
+THINGS = 3  # tissues of things that only one subject has
+SHAPES = ("blob", "blob", "blob", "ring", "crescent", "tube", "mirrored", "parted", "chambers")
 IMAGE_TASKS = ("denoise", "inpaint", "contrast", "contrast", "sharpen", "box")
 
 
@@ -51,23 +53,43 @@ def blur(images, sigma):
 # Anatomy: what all subjects of a task share, in body coordinates, x and y in [-1, 1]
 
 def draw_anatomy(rng):
-    """A list of structures, painted in order; the first one is the body."""
-    body = {"shape": "blob", "at": rng.uniform(-0.08, 0.08, 2), "radius": rng.uniform(0.7, 1.1), "aspect": rng.uniform(0.65, 1.0),
-            "turn": rng.uniform(-0.2, 0.2) + rng.choice([0, math.pi / 2]), "wobble": wobble(rng, 0.06)}
-    structures = [body]
-    if rng.random() < 0.6:  # a layer of fat or muscle
-        structures.append({**body, "radius": body["radius"] * rng.uniform(0.8, 0.95)})
-    for _ in range(rng.integers(3, 15)):
+    """A list of structures, painted in order. The first `ground` ones are what the others lie in: a body, or layers of tissue."""
+    if rng.random() < 0.25:  # what a probe on the skin sees
+        heights = np.concatenate([[-9], np.sort(rng.uniform(-1, 1, rng.integers(2, 8)))])
+        structures = [{"shape": "layer", "at": np.array([0.0, y]), "radius": 1.0, "aspect": 1.0, "turn": rng.normal(0, 0.1), "bend": rng.normal(0, 0.15),
+                       "wobble": wobble(rng, 0.15)} for y in heights]
+    else:
+        body = {"shape": "blob", "at": rng.uniform(-0.08, 0.08, 2), "radius": rng.uniform(0.7, 1.1), "aspect": rng.uniform(0.65, 1.0),
+                "turn": rng.uniform(-0.2, 0.2) + rng.choice([0, math.pi / 2]), "wobble": wobble(rng, 0.06)}
+        structures = [body]
+        if rng.random() < 0.6:  # a layer of fat or muscle
+            structures.append({**body, "radius": body["radius"] * rng.uniform(0.8, 0.95)})
+    ground = len(structures)
+    for group in range(rng.integers(3, 15)):
         radius = math.exp(rng.uniform(math.log(0.06), math.log(0.42)))
         s = {"shape": str(rng.choice(SHAPES)), "at": rng.uniform(-0.65, 0.65, 2) * (1 - 0.6 * radius), "radius": radius,
              "aspect": rng.uniform(0.45, 1.0), "turn": rng.uniform(0, math.pi), "wobble": wobble(rng, rng.choice([0.04, 0.12, 0.25])),
-             "bite": rng.uniform(0.35, 0.8), "bend": rng.uniform(-2, 2)}
+             "bite": rng.uniform(0.35, 0.8), "bend": rng.uniform(-2, 2), "group": group}
+        if s["shape"] == "chambers":  # a thin-walled chamber that leans on a ring, as the right heart on the left
+            way, s = rng.uniform(0, 2 * math.pi), {**s, "shape": "ring", "radius": max(radius, 0.12), "aspect": rng.uniform(0.8, 1.0)}
+            structures.append({**s, "shape": "blob", "at": s["at"] + s["radius"] * rng.uniform(0.7, 1.1) * np.array([math.cos(way), math.sin(way)]),
+                               "radius": s["radius"] * rng.uniform(0.8, 1.2), "aspect": rng.uniform(0.5, 0.9), "turn": way + math.pi / 2})
         structures.append(s)
         if s["shape"] == "ring":  # with its inside, as a heart's chamber in its wall
-            structures.append({**s, "shape": "blob", "radius": radius * s["bite"]})
+            structures.append({**s, "shape": "blob", "radius": s["radius"] * s["bite"]})
+        if s["shape"] == "parted":  # head and body of one organ
+            structures.append({**s, "shape": "half", "bite": rng.uniform(-0.4, 0.4)})
         if s["shape"] == "mirrored":
             structures.append({**s, "at": s["at"] * (-1, 1), "turn": math.pi - s["turn"], "wobble": [(k, c, math.pi * k - p) for k, c, p in s["wobble"]]})
-    return structures
+    return structures, ground
+
+
+def draw_view(rng, structures, ground):
+    """Where the camera looks: (zoom, centre). A third of the tasks are close-ups of one organ, as cropped scans are."""
+    if rng.random() < 0.65:
+        return math.exp(rng.uniform(-0.3, 0.1)), np.zeros(2)
+    organ = structures[rng.integers(ground, len(structures))]
+    return float(np.clip(rng.uniform(0.3, 0.7) / organ["radius"], 1.0, 4.0)), organ["at"] + rng.normal(0, 0.3, 2) * organ["radius"]
 
 
 def wobble(rng, strength):
@@ -80,32 +102,45 @@ def inside(s, x, y):
     c, n = math.cos(s["turn"]), math.sin(s["turn"])
     u, v = x - float(s["at"][0]), y - float(s["at"][1])
     u, v = (c * u + n * v) / s["radius"], (-n * u + c * v) / (s["radius"] * s["aspect"])
+    if s["shape"] == "layer":
+        return v > 0.1 * s["bend"] * u * u + sum(a * 0.3 * torch.cos(2 * k * u + p) for k, a, p in s["wobble"])
     if s["shape"] == "tube":
         v = v + s["bend"] * (u * u - 0.3) * 0.3
         return (u.abs() < 1.6) & (v.abs() < 0.28)
     angle = torch.atan2(v, u)
     edge = 1 + sum(a * torch.cos(k * angle + p) for k, a, p in s["wobble"])
     filled = u * u + v * v < edge * edge
+    if s["shape"] == "half":
+        return filled & (u > s["bite"] + 0.2 * v * s["bend"])
     if s["shape"] == "crescent":
         w = u - s["bite"]
         return filled & ~(w * w + v * v < 0.7 * edge * edge)
     return filled
 
 
-def draw_subject(rng, structures, size, spread):
-    """One subject's map of structures, (H, W) int64: 0 outside, i + 1 in structure i. spread scales how subjects differ."""
+def draw_subject(rng, structures, ground, view, size, spread):
+    """One subject's map of structures, (H, W) int64: 0 outside, i + 1 in structure i, above that things that no other subject
+    has. spread scales how subjects differ."""
     line = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     shift, turn, scale = rng.normal(0, 0.1, 2) * spread, rng.normal(0, 0.12) * spread, math.exp(rng.normal(0, 0.12) * spread)
-    warp = smooth(rng, 2, size, int(rng.integers(2, 6))) * float(abs(rng.normal(0, 0.05)) * spread)
+    warp = smooth(rng, 2, size, int(rng.integers(2, 6))) * float(abs(rng.normal(0, 0.05)) * min(spread, 1.5))
     c, n = math.cos(turn) / scale, math.sin(turn) / scale
     x, y = c * (x - shift[0]) + n * (y - shift[1]) + warp[0], -n * (x - shift[0]) + c * (y - shift[1]) + warp[1]
-    regions = torch.zeros(size, size, dtype=torch.int64)
+    x, y = x / view[0] + float(view[1][0]), y / view[0] + float(view[1][1])
+    regions, moves = torch.zeros(size, size, dtype=torch.int64), {}
     for i, s in enumerate(structures):
-        if i and rng.random() < 0.05:  # missing in this subject
+        if i == ground:
+            for _ in range(rng.integers(0, 6)):
+                thing = {"shape": "blob", "at": rng.uniform(-0.8, 0.8, 2), "radius": rng.uniform(0.03, 0.25), "aspect": rng.uniform(0.3, 1.0),
+                         "turn": rng.uniform(0, math.pi), "wobble": wobble(rng, 0.12)}
+                regions[inside(thing, x, y)] = len(structures) + 1 + int(rng.integers(THINGS))
+        if i >= ground and rng.random() < 0.05:  # missing in this subject
             continue
-        own = {**s, "at": s["at"] + rng.normal(0, 0.04, 2) * spread, "radius": s["radius"] * math.exp(rng.normal(0, 0.1) * spread),
-               "aspect": s["aspect"] * math.exp(rng.normal(0, 0.08) * spread), "turn": s["turn"] + rng.normal(0, 0.12) * spread}
+        reach = 0.04 * spread * min(1.0, s["radius"] / 0.15)
+        place, grown, turned = moves.setdefault(s.get("group", -1 - i), (rng.normal(0, 0.03, 2) * spread, rng.normal(0, 0.1) * spread, rng.normal(0, 0.12) * spread))
+        own = {**s, "at": s["at"] + place + rng.normal(0, 0.5, 2) * reach, "radius": s["radius"] * math.exp(grown + rng.normal(0, 0.05) * spread),
+               "aspect": s["aspect"] * math.exp(rng.normal(0, 0.08) * spread), "turn": s["turn"] + turned}
         regions[inside(own, x, y)] = i + 1
     return regions
 
@@ -144,9 +179,25 @@ def render(rng, regions, contrast, size):
     mean, rough, cells = contrast
     images = []
     for r in regions:
-        own = torch.from_numpy(np.clip(mean + rng.normal(0, 0.03, len(mean)), 0, 1).astype(np.float32))
+        own = np.clip(mean + rng.normal(0, float(rng.choice([0.02, 0.06])), len(mean)), 0, 1) ** math.exp(rng.normal(0, 0.15))
+        own = torch.from_numpy(own.astype(np.float32))
         images.append(own[r] + torch.from_numpy(rough.astype(np.float32))[r] * smooth(rng, 1, size, min(cells, size // 2))[0])
     return torch.stack(images)
+
+
+def echo(rng, images):
+    """What ultrasound makes of echo strengths (S, H, W): speckle wider than deep, fading with depth, now and then a fan's edge."""
+    size = images.shape[-1]
+    grain = noise(rng, 2, *images.shape)
+    grain = F.avg_pool2d(grain.flatten(0, 1)[:, None], (1, 3), 1, (0, 1)).view_as(grain).square().sum(0).sqrt()
+    images = images * (1 + float(rng.uniform(0.2, 0.7)) * (grain / grain.mean() - 1))
+    line = (torch.arange(size) + 0.5) / size
+    images = images * torch.exp(-float(rng.uniform(0, 1.5)) * line)[:, None]
+    if rng.random() < 0.3:
+        apex = float(rng.uniform(0.2, 1.0))
+        fan = (line[None] - 0.5).abs() < float(rng.uniform(0.5, 1.1)) * (line[:, None] + apex) * 0.6
+        images = images * fan * (torch.hypot(line[None] - 0.5, line[:, None] + apex) > apex + 0.05)
+    return images
 
 
 def acquire(rng, images, clean=False):
@@ -179,32 +230,40 @@ def task(rng, pairs, size, colored):
     colored: labels are classes 0, 1, ... of a random subset of the structures; else they are images in [0, 1].
     Deterministic in the generator.
     """
-    spread = float(rng.choice([0.6, 1.0, 1.5]))
-    if rng.random() < 0.8:
-        structures = draw_anatomy(rng)
-        regions = torch.stack([draw_subject(rng, structures, size, spread) for _ in range(pairs)])
-        count = len(structures) + 1
+    spread = float(rng.choice([0.5, 1.0, 1.5, 2.5]))
+    layered = False
+    if rng.random() < 0.85:
+        structures, ground = draw_anatomy(rng)
+        view, layered = draw_view(rng, structures, ground), structures[0]["shape"] == "layer"
+        regions = torch.stack([draw_subject(rng, structures, ground, view, size, spread) for _ in range(pairs)])
+        classes, count = len(structures) + 1, len(structures) + 1 + THINGS
     else:
-        regions, count = draw_regions(rng, pairs, size, spread)
-    contrast = draw_contrast(rng, count)
-    images = render(rng, regions, contrast, size)
+        regions, count = draw_regions(rng, pairs, size, min(spread, 1.5))
+        classes = count
+    images = render(rng, regions, draw_contrast(rng, count), size)
+    if layered and rng.random() < 0.7:
+        images = echo(rng, images)
     if colored:
-        return acquire(rng, images), draw_classes(rng, regions, count)
-    return image_task(rng, regions, count, images, size)
+        images = acquire(rng, images)
+        if rng.random() < 0.7:  # as scans are scaled, by their percentiles
+            low, high = images.flatten(1).quantile(torch.tensor([0.005, 0.995]), dim=1)[..., None, None]
+            images = ((images - low) / (high - low).clamp(min=1e-3)).clamp(0, 1)
+        return images, draw_classes(rng, regions, classes)
+    return image_task(rng, regions, count, classes, images, size)
 
 
-def draw_classes(rng, regions, count):
+def draw_classes(rng, regions, classes):
     """Classes (S, H, W) of a random subset of structures, some of them joined; those of the prompts and the task are preferred."""
-    area = torch.stack([torch.bincount(r.flatten(), minlength=count) for r in regions]).float() / regions[0].numel()  # (S, count)
-    candidates = [i for i in range(1, count) if (area[:, i] > 0.002).all() and area[:, i].max() < 0.5] or list(range(1, count))
-    wanted = rng.permutation(candidates)[:int(rng.integers(1, 7))]
-    table = torch.zeros(count)
+    area = torch.stack([torch.bincount(r.flatten(), minlength=classes + THINGS) for r in regions]).float() / regions[0].numel()  # (S, classes + ...)
+    candidates = [i for i in range(1, classes) if (area[:, i] > 0.002).all() and area[:, i].max() < 0.5] or list(range(1, classes))
+    wanted = rng.permutation(candidates)[:int(rng.choice([1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 12]))]
+    table = torch.zeros(classes + THINGS)
     for n, i in enumerate(wanted):
         table[int(i)] = n + 1 if n == 0 or rng.random() > 0.1 else n  # now and then two structures are one class
     return table[regions]
 
 
-def image_task(rng, regions, count, images, size):
+def image_task(rng, regions, count, classes, images, size):
     """(images, labels) of an image-to-image task."""
     kind = str(rng.choice(IMAGE_TASKS))
     clean = acquire(rng, images, clean=True)
@@ -220,7 +279,7 @@ def image_task(rng, regions, count, images, size):
     if kind == "box":
         clean = add_noise(rng, clean, float(abs(rng.normal(0, 0.03))))
         area = torch.stack([torch.bincount(r.flatten(), minlength=count) for r in regions]).float() / regions[0].numel()
-        small = [i for i in range(1, count) if area[:, i].max() < 0.15 and area[:, i].min() > 0.001] or [count - 1]
+        small = [i for i in range(1, classes) if area[:, i].max() < 0.15 and area[:, i].min() > 0.001] or [classes - 1]
         return clean, boxed(clean, regions, int(rng.choice(small)))
     other = acquire(rng, render(rng, regions, draw_contrast(rng, count), size), clean=True)
     strength = float(abs(rng.normal(0, 0.03)))

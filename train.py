@@ -64,6 +64,8 @@ def parse(argv=None):
     add("--data_fraction", type=float, default=1.0, help="share of the training cases of every dataset, at least one (paper, Figure 7)")
     add("--dataset_weights", default="equal", choices=("equal", "size"), help="how datasets share their group (ours: equal)")
     add("--empty_slices", type=float, default=0.0, help="share of draws from any slice, foreground or not (authors: none)")
+    add("--synthetic_share", type=float, help="add the procedural tasks, as this share of the draws (default with --datasets ... synthetic: that of one dataset)")
+    add("--augment", type=float, default=0.0, help="share of samples made into other tasks by turning, zooming, other contrasts (paper: none)")
     add("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, else 0)")
     # the optimisation
     add("--optimizer", default="adamw", choices=("adamw", "muon"), help="adamw: paper; muon: on the blocks' matrices, torch 2.9 and newer (ours)")
@@ -79,17 +81,28 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of the weights and of every draw")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: on with CUDA; ours)")
+    add("--finetune", metavar="CKPT", help="start from this model instead of fresh weights, with --steps 300 --lr 3e-4 and its coloring and objective as defaults")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on from the last.pt of --out, or from this one; its settings are the defaults")
     add("--log_every", type=int, default=20, help="steps between log lines")
     add("--save_every", type=int, default=500, help="steps between checkpoints, written at the next log line")
     args = p.parse_args(argv)
+    typed = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    given = {a.dest for a in p._actions if typed & set(a.option_strings)}
+    if args.finetune and args.resume is None:
+        saved = mvg.load_checkpoint(args.finetune)
+        clash = sorted(given & {"model", "image_size", "layout", "positions", "qk_norm", "drop_path"})
+        if clash:
+            raise DataError(f"--finetune takes the model of {args.finetune} as it is: drop --{clash[0]}")
+        meta = saved["meta"] if isinstance(saved.get("meta"), dict) else {}
+        p.set_defaults(lr=3e-4, **({} if "epochs" in given else {"steps": 300}), num_prompts=f"1-{saved['config'].get('max_prompts', 1)}",
+                       **{k: meta[k] for k in ("coloring", "objective") if k in meta})
+        args = p.parse_args(argv)
     if args.resume is not None:
         args.resume = args.resume or str(Path(args.out) / "last.pt")
         saved = mvg.load_checkpoint(args.resume)
         if "settings" not in saved:
             raise DataError(f"{args.resume} holds a model but no run to go on with: pass the last.pt of a run folder")
-        typed = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-        given, resume = {a.dest for a in p._actions if typed & set(a.option_strings)}, args.resume
+        resume = args.resume
         p.set_defaults(**{k: v for k, v in saved["settings"].items() if k not in given and k not in ("resume", "stop_at", "device")})
         args = p.parse_args(argv)
         args.resume, args.out = resume, args.out if "out" in given else str(Path(resume).parent)
@@ -110,7 +123,7 @@ def parse(argv=None):
 
 
 TINY, HUGE = 1e-12, 1e12
-RANGES = (("seg_share mim_share hide_label empty_slices warmup", 0, 1, "a share is from 0 to 1"),
+RANGES = (("seg_share mim_share hide_label empty_slices warmup synthetic_share augment", 0, 1, "a share is from 0 to 1"),
           ("mask_ratio data_fraction", TINY, 1, "a share above 0, at most 1"),
           ("drop_path", 0, 0.99, "a rate is from 0 to below 1"),
           ("epochs steps stop_at image_size batch_size lr beta clip log_every save_every", TINY, HUGE, "it must be above 0"),
@@ -119,7 +132,7 @@ RANGES = (("seg_share mim_share hide_label empty_slices warmup", 0, 1, "a share 
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",
          "hide_label", "first_term", "num_prompts", "coloring", "optimizer", "batch_size", "seed", "data_fraction", "datasets",
-         "dataset_weights", "empty_slices", "bf16", "brats_pairs")
+         "dataset_weights", "empty_slices", "synthetic_share", "augment", "bf16", "brats_pairs")
 
 
 def make_optimizers(model, args):
@@ -164,9 +177,9 @@ def main(argv=None):
     say(f"device {device}: {reason}; {ranks} process{'es' if ranks > 1 else ''} x batch {args.batch_size}")
 
     # ---- data
-    synthetic = data.SYNTHETIC in (args.datasets or ())
+    synthetic = data.SYNTHETIC in (args.datasets or ()) or bool(args.synthetic_share)
     names, store = [n for n in args.datasets or () if n != data.SYNTHETIC], None
-    if names or not synthetic:  # the first rank prepares the store, the others wait to hear what it found
+    if names or not args.datasets:  # the first rank prepares the store, the others wait to hear what it found
         found, problem = None, None
         if main_rank:
             try:
@@ -182,12 +195,16 @@ def main(argv=None):
             raise DataError(problem) if main_rank else SystemExit(2)
         store = store or data.Store(args.store or data.default_store(args.data_root), found)
     torch.manual_seed(args.seed)
-    model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
-                      drop_path=args.drop_path, max_prompts=num_prompts[1])
+    if args.resume or args.finetune:
+        model = mvg.load(args.resume or args.finetune)
+        model.config.max_prompts = max(model.config.max_prompts, num_prompts[1])
+    else:
+        model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
+                          drop_path=args.drop_path, max_prompts=num_prompts[1])
     c = model.config
     episodes = data.Episodes(store, c.image_size, c.patch, c.depth, args.seed, num_prompts, args.objective, args.seg_share,
                              args.mim_share, args.mask_ratio, args.hide_label, args.coloring, args.first_term,
-                             args.dataset_weights, args.data_fraction, args.empty_slices, synthetic)
+                             args.dataset_weights, args.data_fraction, args.empty_slices, synthetic, args.synthetic_share, args.augment)
     steps = args.steps or max(1, round(args.epochs * len(episodes) / (args.batch_size * ranks)))
     drawn_from = [n for n in episodes.names if n not in episodes.excluded]
     say(f"{len(episodes)} training slices an epoch from {len(drawn_from)} datasets: "
@@ -219,7 +236,7 @@ def main(argv=None):
         raise DataError(f"{out} already holds a run: go on with --resume, or name another --out")
     if main_rank:
         start_run_folder(out, args, model, store, episodes, steps, ranks, first)
-    say(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, image {c.image_size}, patch {c.patch}, "
+    say(f"{args.finetune or args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, image {c.image_size}, patch {c.patch}, "
         f"layout {c.layout}; {steps} steps, run folder {out}")
 
     step_model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if distributed else model

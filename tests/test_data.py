@@ -131,6 +131,47 @@ def test_hidden_share_and_hidden_label():
 
 # ---- the sampler
 
+def test_synthetic_share(store):
+    episodes = data.Episodes(store, 64, 8, 8, synthetic=True, synthetic_share=0.3)
+    draws = [episodes.draw(step, 0)[2:4] for step in range(4000)]
+    for colored in (True, False):
+        names = [n for n, c in draws if c == colored]
+        assert names.count(data.SYNTHETIC) / len(names) == pytest.approx(0.3, abs=0.035)
+    assert episodes.weights[True][:-1] == pytest.approx(0.7 / 4)
+
+
+def test_augment_makes_another_task_of_a_sample(store):
+    plain, other = (data.Episodes(store, 64, 8, 8, augment=a) for a in (0.0, 1.0))
+    assert same(other[3, 1], other[3, 1])
+    fewer = 0
+    for step in range(40):
+        a, b = plain[step, 0], other[step, 0]
+        assert a["images"].shape == b["images"].shape and b["valid"].dtype == torch.uint8
+        assert 0 <= b["images"].min() and b["images"].max() <= 1 and not torch.equal(a["images"], b["images"])
+        if b["colored"]:
+            assert set(b["labels"].unique().tolist()) <= set(a["labels"].unique().tolist())  # classes stay classes
+            fewer += len(b["labels"].unique()) < len(a["labels"].unique())
+        else:  # mirrored and turned by quarters, image and label together, all pairs alike
+            turned = [torch.rot90(torch.stack([b["images"], b["labels"]]), k, (-2, -1)) for k in range(4)]
+            turned += [t.flip(-1) for t in turned]
+            assert min((t - torch.stack([a["images"], a["labels"]])).abs().max() for t in turned) < 1e-3
+    assert fewer > 2
+
+
+def test_augment_keeps_image_and_label_together():
+    """A label that is the image's bright square still covers it after turning and zooming, in every pair."""
+    rng = np.random.default_rng(0)
+    labels = torch.zeros(3, 1, 64, 64)
+    labels[:, :, 20:44, 24:40] = 1
+    for _ in range(20):
+        images, moved, valid = data.augment(labels * 0.9, labels, torch.ones(labels.shape, dtype=torch.uint8), False, rng)
+        assert torch.allclose(images, 0.9 * moved, atol=1e-4) and float(moved.sum()) == pytest.approx(float(labels.sum()), rel=1e-3)
+        images, moved, _ = data.augment(labels * 0.9, labels, valid, True, rng)
+        for x, y in zip(images, moved):
+            if 50 < y.sum() < 3000:
+                inside, outside = x[y > 0].median(), x[y == 0].median()
+                assert ((x - inside).abs() < (x - outside).abs())[y > 0].float().mean() > 0.8 or abs(inside - outside) < 0.15
+
 def same(a, b):
     return all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a) and a.keys() == b.keys()
 
@@ -411,7 +452,7 @@ def test_synthetic_tasks_are_deterministic_and_differ(tmp_path):
             assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
             assert images.shape == labels.shape == (3, 64, 64) and images.dtype == labels.dtype == torch.float32
             assert 0 <= images.min() and images.max() <= 1 and labels.min() >= 0
-            assert (labels.frac() == 0).all() and labels.max() <= 6 if colored else labels.max() <= 1
+            assert (labels.frac() == 0).all() and labels.max() <= 12 if colored else labels.max() <= 1
         assert len({float(i.sum()) for i, _ in seen}) == 20
         if colored:  # nearly every task asks for something, and subjects differ
             assert sum(bool(l.max() > 0) for _, l in seen) >= 19

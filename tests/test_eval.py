@@ -66,9 +66,45 @@ def test_image_scores_by_hand():
 def test_means_are_over_classes_then_cases():
     dataset = data.Dataset("x", "", "", "ct", "segmentation", ("liver", "spleen"))
     scores = [{"liver": (1.0, 1.0), "spleen": (0.0, 0.0)}, {"liver": (0.5, 2 / 3)}]
-    s = evaluation.summary(scores, dataset)
+    s = evaluation.summary(scores, ["a", "b"], dataset)
     assert s["mIoU"] == pytest.approx(0.5) and s["Dice"] == pytest.approx((0.5 + 2 / 3) / 2)
     assert s["per_class"]["liver"] == {"IoU": 0.75, "Dice": pytest.approx(5 / 6), "cases": 2} and s["per_class"]["spleen"]["cases"] == 1
+
+
+def test_intervals_are_over_patients():
+    assert evaluation.interval([0.5] * 4, list("abcd")) == [0.5, 0.5]
+    assert evaluation.interval([0.1, 0.9], ["a", "a"]) is None  # one patient tells nothing of others
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.5, 0.1, 400)
+    low, high = evaluation.interval(values, range(400))
+    error = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - error, abs=0.002) and high == pytest.approx(values.mean() + error, abs=0.002)
+    twice = evaluation.interval(np.repeat(values, 2), np.repeat(np.arange(400), 2))  # repeating patients adds no certainty
+    assert twice == pytest.approx([low, high], abs=0.002)
+    assert evaluation.interval([*values, float("nan")], range(401)) == pytest.approx([low, high], abs=0.003)
+
+
+def test_boxes_are_read_as_they_were_drawn():
+    rng = np.random.default_rng(0)
+    image = (0.5 + 0.1 * rng.standard_normal((200, 160))).clip(0, 1).astype(np.float32)
+    painted, boxes = image.copy(), [(20, 30, 60, 90), (100, 20, 180, 60), (90, 110, 130, 150)]
+    for top, left, bottom, right in boxes:
+        painted[top:bottom + 1, left:right + 1] = np.where(np.pad(np.zeros((bottom - top - 3, right - left - 3), bool), 2, constant_values=True),
+                                                           1, painted[top:bottom + 1, left:right + 1])
+    read = evaluation.read_boxes(painted, image)
+    assert len(read) == 3 and np.abs(np.subtract(sorted(read), sorted(boxes))).max() <= 1  # to a pixel
+    assert evaluation.box_scores(read, boxes)[1:] == (1, 0)
+    assert evaluation.read_boxes(image, image) == []
+    faint = evaluation.read_boxes(image + 0.3 * (painted - image), image)
+    assert evaluation.box_scores(faint, boxes)[0] > 0.9
+
+
+def test_box_scores_by_hand():
+    assert evaluation.box_iou((0, 0, 9, 9), (0, 0, 9, 9)) == 1 and evaluation.box_iou((0, 0, 9, 9), (10, 0, 19, 9)) == 0
+    assert evaluation.box_iou((0, 0, 9, 9), (0, 5, 9, 14)) == pytest.approx(50 / 150)
+    truth, read = [(0, 0, 9, 9), (50, 50, 59, 59)], [(0, 0, 9, 4), (0, 0, 9, 9), (80, 80, 90, 90)]
+    assert evaluation.box_scores(read, truth) == (0.5, 0.5, 1)
+    assert evaluation.box_scores([], truth) == (0, 0, 0)
 
 
 def test_results(store, checkpoint, tmp_path):
@@ -91,12 +127,12 @@ def test_a_perfect_prediction_is_perfect_and_a_copied_prompt_scores_as_copying(s
         dataset, training = store.datasets[name], store.split(name, "train")
         case = store.split(name, "test")[0]
         answer = evaluation.answer_case(model, case, training, dataset, "foreground", 0)
-        perfect = evaluation.summary([evaluation.score(answer["truth"], answer, dataset)], dataset)
+        perfect = evaluation.summary([evaluation.score(answer["truth"], answer, dataset)], ["a"], dataset)
         assert (perfect["mIoU"], perfect["Dice"]) == (1, 1) if dataset.colored else (perfect["MAE"], perfect["PSNR"]) == (0, evaluation.MAX_PSNR)
         if dataset.colored:
             assert all(c.patient != case.patient for c in training if c.name == answer["prompt"])
             by_hand = [((answer["copy"] == c) & (answer["truth"] == c)).sum() / ((answer["copy"] == c) | (answer["truth"] == c)).sum() for c in (1, 2, 3)]
-            assert evaluation.summary([evaluation.score(answer["copy"], answer, dataset)], dataset)["mIoU"] == pytest.approx(np.mean(by_hand))
+            assert evaluation.summary([evaluation.score(answer["copy"], answer, dataset)], ["a"], dataset)["mIoU"] == pytest.approx(np.mean(by_hand))
 
 
 def test_bad_input_gets_one_line(store, checkpoint, tmp_path, capsys):

@@ -544,6 +544,8 @@ def test_deeplesion_box_of_a_known_table(tmp_path):
     label = case.load().label.array[:, :, 0].T
     assert label[3:5, 2:10].tolist() == [[200] * 8] * 2 and label[5, 2:10].tolist() == [200, 200, 0, 0, 0, 0, 200, 200]  # 1-based: x 3 is column 2
     assert label[14, 0:6].tolist() == [0, 0, 0, 200, 200, 0] and label[11, 0:6].tolist() == [200] * 5 + [0]  # cut off by the edge
+    assert case.load().boxes == ((2, 3, 9, 8), (0, 11, 4, 15))  # what is painted, first to last
+    assert data.prepare_case(case, data.DATASETS["deeplesion"])[1]["boxes"] == [[3, 2, 8, 9], [11, 0, 15, 4]]  # top, left, bottom, right
     assert case.height == pytest.approx(0.5) and notes == ["1 lesions marked Possibly_noisy are dropped"]
 
 
