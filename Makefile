@@ -17,20 +17,22 @@ test: .venv/done
 test-slow: .venv/done
 	$(BIN)/python -m pytest -q -s -m slow tests
 
-# Stand-in data in native layouts (demo/), a few minutes of training (runs/demo), one prompt, scores, a figure.
-DEMO_DATASETS = la msd_hippocampus Dataset802_MsT1ToFlair
-DEMO_STEPS ?= 400
-DEMO_SCAN = demo/data/Task04_Hippocampus/imagesTr/hippocampus_
+# The bundled checkpoint on subjects it never saw: one prompt, then the four kinds of task; then a few minutes of training on
+# them, and the same again. Pictures: runs/demo/before, runs/demo/after.
+DEMO_DATASETS = acdc ldct brats_local Dataset802_MsT1ToFlair
+DEMO_STEPS ?= 300
+DEMO_SCAN = demo/data/ACDC/database/testing
 
 demo: .venv/done
 	rm -rf demo runs/demo
-	$(BIN)/python phantom.py --out demo/data --datasets $(DEMO_DATASETS)
-	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=1 train.py --data_root demo/data --store demo/store \
-	    --out runs/demo --model demo --optimizer muon --steps $(DEMO_STEPS) --log_every 50
-	$(BIN)/python infer.py --checkpoint runs/demo/last.pt --prompt $(DEMO_SCAN)001.nii.gz --input $(DEMO_SCAN)023.nii.gz \
+	$(BIN)/python phantom.py --out demo/data --seed 1 --datasets $(DEMO_DATASETS)
+	$(BIN)/python infer.py --prompt $(DEMO_SCAN)/patient101/patient101_frame01.nii.gz --input $(DEMO_SCAN)/patient104/patient104_frame01.nii.gz \
 	    --output demo/answer.nii.gz
-	$(BIN)/python eval.py --data_root demo/data --store demo/store --checkpoint runs/demo/last.pt --out runs/demo/eval
-	@echo "figure: runs/demo/eval/examples.png; the answer to the prompt: demo/answer.nii.gz; training: runs/demo/loss.png, samples.png"
+	$(BIN)/python eval.py --data_root demo/data --store demo/store --checkpoint checkpoints/demo.pt --out runs/demo/before --wrong_prompt
+	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=1 train.py --data_root demo/data --store demo/store \
+	    --finetune checkpoints/demo.pt --steps $(DEMO_STEPS) --augment 0.3 --log_every 50 --out runs/demo
+	$(BIN)/python eval.py --data_root demo/data --store demo/store --checkpoint runs/demo/last.pt --out runs/demo/after
+	@echo "pictures: runs/demo/before/examples.png, runs/demo/after/examples.png; the answer to the prompt: demo/answer.nii.gz"
 
 clean:
 	rm -rf .venv demo runs/demo .pytest_cache

@@ -253,7 +253,7 @@ def main(argv=None):
     add("--max_cases", type=int, help="at most so many cases a dataset")
     add("--slices", default="foreground", choices=("foreground", "all"), help="foreground: slices whose truth has some (paper silent)")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained (ours: ar for segmentation, canvas for images)")
-    add("--votes", type=int, default=1, help="colorings averaged (paper: 1)")
+    add("--votes", type=int, default=1, help="colorings (binary: views) averaged (paper: 1)")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     args = p.parse_args(argv)

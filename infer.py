@@ -69,15 +69,17 @@ def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", v
     """How well every pixel fits each class: images (B, 1, s, s) -> (B, C + 1, s, s), summing to 1, background first.
 
     prompt_labels (n, 1, s, s) integers; classes: the C values that are asked for, all above 0.
-    votes: answers under so many random colorings are averaged. dataset: whose colors a model trained on predefined ones uses.
+    votes: answers under so many random colorings are averaged, or, of a model trained on binary ones, of so many views (mirrored,
+    turned). dataset: whose colors a model trained on predefined ones uses.
     """
     mode, coloring = choose_mode(model, True, mode), model.meta.get("coloring", "random")
     if coloring == "binary":  # one class against the rest, class by class
-        gray = []
-        for c in classes:
-            answers = paint(model, prompt_images, (prompt_labels == c).float(), images, mode)
-            gray.append(sum(answers) / len(answers))
-        gray = torch.cat(gray, 1).clamp(0, 1)  # (B, C, s, s)
+        gray = 0
+        for vote in range(votes):  # votes are views: as it is, mirrored, and both turned by quarters
+            turn = lambda x: torch.rot90(x.flip(-1) if vote % 2 else x, vote // 2 % 4, (-2, -1))
+            back = lambda x: torch.rot90(x, -(vote // 2) % 4, (-2, -1)).flip(-1 if vote % 2 else ())
+            answers = [paint(model, turn(prompt_images), turn((prompt_labels == c).float()), turn(images), mode) for c in classes]
+            gray = gray + torch.cat([back(sum(a) / len(a)) for a in answers], 1).clamp(0, 1) / votes  # (B, C, s, s)
         fit = torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)
         return fit / fit.sum(1, keepdim=True)
     rng, fit = np.random.default_rng(seed), 0
@@ -310,7 +312,7 @@ def main(argv=None):
     add("--task", default="auto", choices=("auto", "seg", "image"), help=f"auto: a label of integers, at most {MAX_CLASSES} distinct ones, is a segmentation")
     add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"), help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
-    add("--votes", type=int, default=1, help="colorings whose answers are averaged (ours)")
+    add("--votes", type=int, default=1, help="colorings (binary: views) whose answers are averaged (ours)")
     add("--seed", type=int, default=0, help="of the votes")
     add("--dataset", metavar="NAME", help="whose colors to use, for a model trained with --coloring predefined")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")

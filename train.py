@@ -81,7 +81,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of the weights and of every draw")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: on with CUDA; ours)")
-    add("--finetune", metavar="CKPT", help="start from this model instead of fresh weights, with --steps 300 --lr 3e-4 and its coloring and objective as defaults")
+    add("--finetune", metavar="CKPT", help="start from this model instead of fresh weights; its objective, coloring, loss and optimizer, --steps 300 and --lr 3e-4 are the defaults")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on from the last.pt of --out, or from this one; its settings are the defaults")
     add("--log_every", type=int, default=20, help="steps between log lines")
     add("--save_every", type=int, default=500, help="steps between checkpoints, written at the next log line")
@@ -93,14 +93,14 @@ def parse(argv=None):
         clash = sorted(given & {"model", "image_size", "layout", "positions", "qk_norm", "drop_path"})
         if clash:
             raise DataError(f"--finetune takes the model of {args.finetune} as it is: drop --{clash[0]}")
-        meta = saved["meta"] if isinstance(saved.get("meta"), dict) else {}
+        recipe = saved.get("settings") or saved.get("meta") or {}
         p.set_defaults(lr=3e-4, **({} if "epochs" in given else {"steps": 300}), num_prompts=f"1-{saved['config'].get('max_prompts', 1)}",
-                       **{k: meta[k] for k in ("coloring", "objective") if k in meta})
+                       **{k: recipe[k] for k in RECIPE if k in recipe})
         args = p.parse_args(argv)
     if args.resume is not None:
         args.resume = args.resume or str(Path(args.out) / "last.pt")
         saved = mvg.load_checkpoint(args.resume)
-        if "settings" not in saved:
+        if "optimizers" not in saved:
             raise DataError(f"{args.resume} holds a model but no run to go on with: pass the last.pt of a run folder")
         resume = args.resume
         p.set_defaults(**{k: v for k, v in saved["settings"].items() if k not in given and k not in ("resume", "stop_at", "device")})
@@ -128,6 +128,9 @@ RANGES = (("seg_share mim_share hide_label empty_slices warmup synthetic_share a
           ("drop_path", 0, 0.99, "a rate is from 0 to below 1"),
           ("epochs steps stop_at image_size batch_size lr beta clip log_every save_every", TINY, HUGE, "it must be above 0"),
           ("seed workers weight_decay background_weight", 0, HUGE, "it must not be below 0"))
+
+# What a model is fine-tuned with unless said otherwise: what it was trained with.
+RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share")
 
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",

@@ -294,6 +294,17 @@ def test_binary_coloring_averages_over_prompts(echo):
     assert half[0, :, 20, 20].tolist() == [0.5, 0.5] and torch.allclose(half.sum(1), torch.ones(1, 64, 64))
 
 
+def test_votes_of_a_binary_model_are_views(echo, monkeypatch):
+    """Eight mirrored and turned views of the same pictures, and every answer is turned back."""
+    echo.meta, seen = {"coloring": "binary"}, []
+    encode = echo.encode_prompts
+    monkeypatch.setattr(echo, "encode_prompts", lambda images, labels: seen.append(labels.clone()) or encode(images, labels))
+    image, label = np.random.default_rng(0).random((64, 64)), np.zeros((64, 64), int)
+    label[4:30, 10:20] = 5
+    assert np.array_equal(infer.predict(echo, [(image, label)], image, votes=8), label)
+    assert len({tuple(s.flatten().tolist()) for s in seen}) == 8
+
+
 def test_predefined_colors_are_those_of_the_class_whatever_else_is_shown(tmp_path, echo, monkeypatch):
     """Classes 1 and 3 without 2 keep their own grays, from Python and from the command line."""
     echo.meta, seen = {"coloring": "predefined", "predefined": [{"acdc": 10}, 20]}, []

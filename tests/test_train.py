@@ -126,6 +126,22 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(store, tmp_path):
     assert (tmp_path / "other" / "last.pt").read_bytes() == before
 
 
+def test_finetuning_starts_from_a_model_and_its_recipe(store, tmp_path):
+    first = run(store, tmp_path / "a", "--steps", "2", "--coloring", "binary", "--loss", "l2", "--layout", "sequence", "--num_prompts", "2")
+    argv = ["--store", str(store.root), "--finetune", str(tmp_path / "a" / "last.pt"), "--batch_size", "2"]
+    args = train.parse([*argv, "--lr", "1e-4"])[0]
+    assert (args.coloring, args.loss, args.steps, args.lr, args.num_prompts) == ("binary", "l2", 300, 1e-4, "1-2")
+    same = train.main([*argv, "--out", str(tmp_path / "b"), "--steps", "1", "--lr", "1e-12"])
+    assert same.config == first.config and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(first.state_dict().values(), same.state_dict().values()))
+    whole = train.main([*argv, "--out", str(tmp_path / "c"), "--steps", "3"])
+    train.main([*argv, "--out", str(tmp_path / "d"), "--steps", "3", "--stop_at", "2"])
+    assert equal(whole, train.main(["--resume", str(tmp_path / "d" / "last.pt")])) and not equal(whole, first)
+    with pytest.raises(data.DataError, match="drop --model"):
+        train.parse([*argv, "--model", "tiny"])
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        train.parse(["--finetune", str(tmp_path / "no.pt")])
+
+
 def test_the_run_folder(store, tmp_path):
     run(store, tmp_path / "r", "--steps", "4", "--coloring", "predefined")
     about = json.loads((tmp_path / "r" / "config.json").read_text())
