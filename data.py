@@ -12,11 +12,18 @@ keyed by (seed, step, number of the sample in the global batch), so that a run c
 """
 
 import difflib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from heapq import nsmallest
@@ -126,6 +133,7 @@ class Found:
     root: Path
     cases: list
     notes: list = field(default_factory=list)  # one line for everything that was passed over or decided
+    problems: list = field(default_factory=list)  # one line for every case that lacks something
 
 
 def datasets_of_folder(folder, brats_pairs=readers.BRATS_PAIRS):
@@ -178,7 +186,7 @@ def described_by_json(folder, reader):
                    licence=str(about.get("licence", about.get("license", ""))), address=str(about.get("reference", "")), reader=reader)
 
 
-def find(data_root, names=None, depth=5, brats_pairs=None):
+def find(data_root, names=None, depth=5, brats_pairs=None, say=print):
     """Every dataset below a folder, known by its marks at any nesting: {name: Found}.
 
     names: which to keep; brats_pairs: what BraTS-GLI translates, "t1c:t2w" and the like (default: the authors', both ways).
@@ -208,7 +216,7 @@ def find(data_root, names=None, depth=5, brats_pairs=None):
     if problems and (not found or set(names or ()) - set(found)):
         raise problems[0]
     for error in problems:
-        print(f"left out: {error}")
+        say(f"left out: {error}")
     check_names(names, found, root)
     if not found:
         raise DataError(f"{root} holds no dataset that is known here: unpack one into it, for example ACDC, or a folder in nnU-Net form")
@@ -234,10 +242,10 @@ def settle(found):
     """Give every case its final split, by patient: official where the download has labelled test cases, else the cut of the
     dataset's row. A dataset of one patient has no test case."""
     dataset, notes = found.dataset, found.notes
-    waiting = [c.name for c in found.cases if c.split == "inference"]
-    if waiting:
-        notes.append(f"{len(waiting)} of {len(found.cases)} cases lack a file and are neither trained on nor scored: "
-                     + ", ".join(waiting[:5]) + (" ..." if len(waiting) > 5 else ""))
+    for case in found.cases:
+        if case.split == "inference":
+            missing = [p.name for p in case.files if not p.is_file()]
+            found.problems.append(f"{case.name}: {', '.join(missing) or 'its label'} is missing, it is neither trained on nor scored")
     cases = [c for c in found.cases if c.split != "inference"]
     if len({c.patient for c in cases}) == 1:
         for case in cases:
@@ -488,7 +496,7 @@ def prepare_case(case, dataset):
     spacing = (cut.spacing[0], cut.spacing[1] * H / size[0], cut.spacing[2] * W / size[1])
     return arrays, {**identity(case), **rules(dataset), "version": STORE_VERSION, "slices": K,
                     "size": list(size), "axis": cut.axis, "spacing": spacing, "scale": scale, "label_scale": label_scale,
-                    "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "boxes": boxes, "sources": signature(case)}
+                    "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "boxes": boxes, "problems": pair.problems, "notes": pair.notes, "sources": signature(case)}
 
 
 def shrink(stack, size, smooth):
@@ -517,50 +525,162 @@ def case_folder(root, case):
 
 
 def write_case(case, dataset, folder):
-    """Prepare one case into its folder, whole or not at all."""
+    """Prepare one case into its folder, whole or not at all, also when another program does the same."""
     arrays, index = prepare_case(case, dataset)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array)
-    index["bytes"] = {p.name: p.stat().st_size for p in temporary.glob("*.npy")}
-    (temporary / "case.json").write_text(json.dumps(index))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        index["bytes"] = {p.name: p.stat().st_size for p in sorted(temporary.glob("*.npy"))}
+        (temporary / "case.json").write_text(json.dumps(index))
+        for _ in range(20):
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                return os.replace(temporary, folder)
+            except OSError as error:  # somebody else's came between: theirs goes, or ours
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        raise OSError(f"{folder} cannot be replaced: is another program writing it over and over?")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prepare(found, root, say=print):
-    """Write every case that the store lacks or whose source changed. Cases that cannot be read are named and left out, those
-    for inference are not stored; the notes of the finding are said.
+def is_fresh(case, dataset, folder):
+    """Does the store hold this case as it would be prepared now? Raises DataError for a newer store."""
+    try:
+        index = read_index(folder)
+    except NewerStore:
+        raise
+    except DataError:
+        return False
+    return index.get("sources") == signature(case) and index.items() >= {**identity(case), **rules(dataset)}.items()
 
-    Returns {dataset: [problem, ...]}.
+
+def in_processes(function, jobs, workers=None):
+    """Yield (number, answer, error) of function(*job) for every job, as they end, from processes of their own.
+
+    error is the DataError or OSError that a job ended with, or says that the process died (a library that crashed, or no
+    memory left): then the jobs that were under way are tried again alone, and only the one that kills is given up.
+    workers: as many processes as CPU cores by default; 1 works here, without processes.
     """
-    from tqdm import tqdm
-    root, problems = Path(root), {}
+    workers = min(workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)), len(jobs))
+    if workers <= 1:
+        for number, job in enumerate(jobs):
+            yield number, *attempt(function, job)
+        return
+    waiting, alone = list(range(len(jobs)))[::-1], []
+    while waiting or alone:
+        single, running = bool(alone), {}
+        pool = ProcessPoolExecutor(1 if single else workers, initializer=start_worker, initargs=(os.getpid(),))
+        queue = [alone.pop()] if single else waiting
+        try:
+            while queue or running:
+                while queue and len(running) < 2 * workers:
+                    number = queue.pop()
+                    running[pool.submit(attempt, function, jobs[number])] = number
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running[future], *future.result()
+                    del running[future]
+        except BrokenProcessPool:
+            if single:
+                (number,) = running.values()
+                yield number, None, DataError("the process that read it died: its file breaks a library, or memory ran out")
+            else:
+                alone += sorted(running.values(), reverse=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def start_worker(parent):
+    """One thread a process; Ctrl-C is the parent's to answer; nobody stays when the parent is killed."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def attempt(function, job):
+    """(answer, None), or (None, what was wrong with the data)."""
+    try:
+        return function(*job), None
+    except (DataError, OSError) as error:
+        return None, error
+    except MemoryError:
+        return None, DataError("it does not fit in memory")
+
+
+def plan(found, root):
+    """What the store lacks: [(name, case, folder)]. Also clears away what killed programs of this machine left there."""
+    jobs = []
     for name, hit in found.items():
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
-        about = {k: v for k, v in asdict(hit.dataset).items() if k != "reader"}
-        keep = set()
-        for note in hit.notes:
-            say(f"{name}: {note}")
-        stored = [c for c in hit.cases if c.split in ("train", "test")]
-        for case in tqdm(stored, desc=f"preparing {name}", unit="case", disable=None, leave=False):
+        for left in folder.glob(f".*.{socket.gethostname()}.*"):
+            if not alive(left.name.rsplit(".", 1)[-1]):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        for case in hit.cases:
             target = case_folder(folder, case)
-            keep.add(target.name)
-            try:
-                index = read_index(target)
-                fresh = index["sources"] == signature(case) and index.items() >= {**identity(case), **rules(hit.dataset)}.items()
-            except (DataError, KeyError):
-                fresh = False
-            if not fresh:
-                try:
-                    write_case(case, hit.dataset, target)
-                except DataError as error:
+            if case.split in ("train", "test") and not is_fresh(case, hit.dataset, target):
+                jobs.append((name, case, target))
+    return jobs
+
+
+def alive(pid):
+    """Does a process of this number run here?"""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def prepare(found, root, say=print, workers=None, strict=False):
+    """Write every case that the store lacks or whose source changed, several at once. Cases that cannot be read are named and
+    left out, those for inference are not stored; the notes of the finding are said.
+
+    The first case of every dataset is prepared first and tells, by the size of the files, how long the rest will take and how
+    much disk it will fill. A program that is killed leaves whole cases, and the next one goes on.
+    Returns {dataset: [problem, ...]}. Raises DataError where the disk is too small, and with `strict` for any problem.
+    """
+    from tqdm import tqdm
+    root, problems, bad = Path(root), {}, set()
+    for name, hit in found.items():
+        for line in hit.notes + hit.problems:
+            say(f"{name}: {line}")
+    root.mkdir(parents=True, exist_ok=True)
+    jobs = plan(found, root)
+    firsts = {}
+    for i, (name, _, _) in enumerate(jobs):
+        firsts.setdefault(name, i)
+    rest = [i for i in range(len(jobs)) if i not in firsts.values()]
+    with tqdm(total=len(jobs), desc="preparing", unit="case", disable=None, leave=False) as progress:
+        for part in (list(firsts.values()), rest):
+            chosen = [(jobs[i][1], found[jobs[i][0]].dataset, jobs[i][2]) for i in part]
+            started = time.perf_counter()
+            for k, _, error in in_processes(write_case, chosen, workers):
+                name, case, target = jobs[part[k]]
+                progress.update()
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                    raise DataError(f"{root} cannot be written ({error.strerror}): free some space, or name another --store")
+                if error is not None:
                     problems.setdefault(name, []).append(f"{case.name}: {error}")
-                    keep.discard(target.name)
-        about = json.loads(json.dumps({**about, "root": str(hit.root), "cases": sorted(keep)}))
+                    bad.add((name, case.name))
+            if rest and part is not rest:
+                say(forecast(root, jobs, firsts, rest, time.perf_counter() - started))
+    for name, hit in found.items():
+        folder = root / name
+        keep = sorted(case_folder(folder, c).name for c in hit.cases if c.split in ("train", "test") and (name, c.name) not in bad)
+        about = {k: v for k, v in asdict(hit.dataset).items() if k != "reader"}
+        about = json.loads(json.dumps({**about, "root": str(hit.root), "cases": keep}))
         try:
             same = json.loads((folder / "dataset.json").read_text()) == about
         except (OSError, ValueError):
@@ -570,14 +690,33 @@ def prepare(found, root, say=print):
     for name, lines in problems.items():
         for line in lines:
             say(f"left out of {name}: {line}")
+    every = [f"{n}: {line}" for n, hit in found.items() for line in hit.problems + problems.get(n, [])]
+    if strict and every:
+        raise DataError(f"{len(every)} problems, the first is {every[0]}: mend them (python data.py names them all), or leave --strict out")
     return problems
+
+
+def forecast(root, jobs, firsts, rest, seconds):
+    """A line: what the remaining cases will take, by their files' sizes. Raises DataError where they do not fit on the disk."""
+    size = lambda case: sum(max(b, 0) for _, b, _ in signature(case))
+    ratio = {n: sum(p.stat().st_size for p in jobs[i][2].glob("*")) / max(1, size(jobs[i][1])) for n, i in firsts.items()}
+    done, left = sum(size(jobs[i][1]) for i in firsts.values()), sum(size(jobs[i][1]) for i in rest)
+    needed, free = sum(size(jobs[i][1]) * ratio[jobs[i][0]] for i in rest), shutil.disk_usage(root).free
+    if needed > free:
+        raise DataError(f"{root} needs about {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free: name another --store, or fewer --datasets")
+    return (f"{len(rest)} more cases to prepare: about {needed / 1e9:.2f} GB in {root} ({free / 1e9:.0f} GB free), "
+            f"{seconds * left / max(1, done) / 60:.1f} minutes")
+
+
+class NewerStore(DataError):
+    """A store of a later version of this code: not to be read, and not to be overwritten."""
 
 
 def read_index(folder):
     """The index of a stored case. Raises DataError where it cannot be used, or an array is not as long as it was written."""
     index = readers.read_json(folder / "case.json")
     if isinstance(index, dict) and index.get("version", 0) > STORE_VERSION:
-        raise DataError(f"{folder} has store version {index['version']}, this code reads {STORE_VERSION}: update the code, or name another --store")
+        raise NewerStore(f"{folder} has store version {index['version']}, this code reads {STORE_VERSION}: update the code, or name another --store")
     try:
         whole = index["version"] == STORE_VERSION and all((folder / n).stat().st_size == b for n, b in index["bytes"].items())
     except (OSError, KeyError, TypeError, AttributeError):
@@ -588,7 +727,7 @@ def read_index(folder):
 
 
 def write_json(path, value):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=1))
     os.replace(temporary, path)
 
@@ -647,15 +786,15 @@ class Store:
         return [c for c in self.cases[name] if c.split == split]
 
 
-def open_store(data_root, store, names=None, brats_pairs=None):
-    """Find, prepare and open in one call; without data_root the store is used as it is."""
+def open_store(data_root, store, names=None, brats_pairs=None, strict=False):
+    """Find, prepare and open in one call; without data_root the store is used as it is. strict: DataError for any bad case."""
     if data_root is None and store is None:
         raise DataError("no data: pass --data_root, the folder that holds the datasets, or --store, a prepared store")
     if data_root is None:
         return Store(store, names)
     found = find(data_root, names, brats_pairs=brats_pairs)
     root = Path(store or default_store(data_root))
-    prepare(found, root)
+    prepare(found, root, strict=strict)
     return Store(root, list(found))
 
 
@@ -915,30 +1054,103 @@ def draw_figure(path, found, columns=4):
     plt.close(figure)
 
 
+def examine(case, dataset):
+    """What the doctor wants to know of one case: read and prepared as for the store, then forgotten."""
+    arrays, index = prepare_case(case, dataset)
+    image = arrays["image"]
+    return {"slices": index["slices"], "foreground": len(index["foreground"]), "classes": sorted(set().union(*index["classes"])), "spacing": index["spacing"],
+            "scale": index["scale"], "mean": float(image.mean()) / 65535, "empty": bool(image.min() == image.max()), "problems": index["problems"],
+            "notes": index["notes"]}
+
+
+def odd_spacing(name, spacing, others):
+    """What is odd about a case's voxel spacing in mm (slice, row, column) beside those of its dataset, or None."""
+    text = " x ".join(f"{v:g}" for v in spacing)
+    usual = np.median(others, 0)
+    if min(spacing) < 0.01 or max(spacing) > 50:
+        return f"{name}: its spacing is {text} mm"
+    if (np.abs(np.log(np.array(spacing) / usual)) > np.log(5)).any():
+        return f"{name}: its spacing is {text} mm, that of the dataset is {' x '.join(f'{v:.3g}' for v in usual)}"
+    if tuple(spacing) == (1, 1, 1) and tuple(usual) != (1, 1, 1):
+        return f"{name}: its spacing is 1 x 1 x 1 mm, which may be a placeholder"
+    return None
+
+
+def diagnose(found, workers=None):
+    """The doctor: every case of every dataset read and prepared. {name: {...}}, for the names of the table and those found."""
+    from tqdm import tqdm
+    report = {n: {"found": False, "root": "", "cases": {"train": 0, "test": 0}, "paper": list(d.paper), "slices": 0, "problems": []} for n, d in DATASETS.items()}
+    jobs = [(n, c) for n, hit in found.items() for c in hit.cases if c.split in ("train", "test")]
+    seen, broken = {n: {} for n in found}, {n: {} for n in found}
+    with tqdm(total=len(jobs), desc="reading", unit="case", disable=None, leave=False) as progress:
+        for i, answer, error in in_processes(examine, [(c, found[n].dataset) for n, c in jobs], workers):
+            progress.update()
+            name, case = jobs[i]
+            (seen if error is None else broken)[name][case.name] = answer if error is None else f"{case.name}: {' '.join(str(error).split())}"
+    for name, hit in found.items():
+        answers, dataset = seen[name], hit.dataset
+        order = [c.name for c in hit.cases if c.name in answers]
+        spacings = [answers[c]["spacing"] for c in order if answers[c]["slices"] > 1]
+        problems = [*hit.problems, *(broken[name][c.name] for c in hit.cases if c.name in broken[name])]
+        problems += [f"{c}: {p}" for c in order for p in answers[c]["problems"]]
+        every = [n for c in order for n in answers[c]["notes"]]
+        notes = [*hit.notes, *(f"{n} ({every.count(n)} of {len(order)} cases)" for n in dict.fromkeys(every))]
+        problems += [p for c in order if answers[c]["slices"] > 1 and (p := odd_spacing(c, answers[c]["spacing"], spacings))]
+        problems += [f"{c}: its image is constant" for c in order if answers[c]["empty"]]
+        problems += [f"{c}: its label is empty" if dataset.colored else f"{c}: no slice has a truth to learn" for c in order if not answers[c]["foreground"]]
+        classes = sorted(set().union(*(a["classes"] for a in answers.values())))
+        report[name] = {"found": True, "root": str(hit.root), "cases": {s: sum(c.split == s for c in hit.cases if c.name in answers) for s in ("train", "test")},
+                        "paper": list(dataset.paper), "slices": sum(a["slices"] for a in answers.values()),
+                        "foreground": sum(a["foreground"] for a in answers.values()), "classes": {c: dataset.labels[c - 1] for c in classes},
+                        "classes_absent": [l for i, l in enumerate(dataset.labels, 1) if i not in classes],
+                        "scaled_from": [min(a["scale"][0] for a in answers.values()), max(a["scale"][1] for a in answers.values())] if answers else None,
+                        "mean": float(np.mean([a["mean"] for a in answers.values()])) if answers else None, "notes": notes, "problems": problems}
+    return report
+
+
 def main(argv=None):
     import argparse
-    p = argparse.ArgumentParser(description="What a data root holds: datasets, cases, splits, and what readers have to say.")
+    p = argparse.ArgumentParser(description="The data doctor: reads every case below a data root as training would, and says what is there and what is wrong.",
+                                epilog="Exit status 1 where a dataset that was found has problems.")
     p.add_argument("--data_root", required=True, help="folder that holds the datasets as they were downloaded")
     p.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (default: every dataset found)")
+    p.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     p.add_argument("--figure", metavar="PNG", help="draw one slice of every dataset with its label")
+    p.add_argument("--workers", type=int, help="processes (default: one a CPU core)")
     args = p.parse_args(argv)
-    found = find(args.data_root, args.datasets)
-    for name, hit in found.items():
-        count = {s: sum(c.split == s for c in hit.cases) for s in ("train", "test", "inference")}
-        paper = f" (paper: {hit.dataset.paper[0]} / {hit.dataset.paper[1]})" if hit.dataset.paper else ""
-        print(f"{name}: {count['train']} training / {count['test']} test cases{paper}, {hit.root}")
-        for note in hit.notes:
-            print(f"    {note}")
+    left_out = []  # folders whose tables cannot be read
+    found = find(args.data_root, args.datasets, say=left_out.append)
+    report = diagnose(found, args.workers)
+    if args.json:
+        print(json.dumps({"datasets": report, "problems": left_out}, indent=1))
+    else:
+        for line in left_out:
+            print(f"PROBLEM: {line}")
+        for name, r in report.items():
+            print(describe_health(name, r) if r["found"] else f"{name}: not found")
     if args.figure:
         draw_figure(args.figure, found)
-        print(f"wrote {args.figure}")
+        print(f"wrote {args.figure}") if not args.json else None
+    return int(bool(left_out) or any(r["problems"] for r in report.values()))
+
+
+def describe_health(name, r):
+    """A dataset's part of the report as text."""
+    paper = f" (paper: {r['paper'][0]} / {r['paper'][1]})" if r["paper"] else ""
+    lines = [f"{name}: {r['cases']['train']} training / {r['cases']['test']} test cases{paper}, {r['slices']} slices, {r['foreground']} with foreground, {r['root']}"]
+    if r["classes"]:
+        lines.append("    classes: " + ", ".join(f"{c} {l}" for c, l in r["classes"].items()) + (f"; absent: {', '.join(r['classes_absent'])}" if r["classes_absent"] else ""))
+    if r["scaled_from"]:
+        lines.append(f"    intensities {r['scaled_from'][0]:g} to {r['scaled_from'][1]:g} become 0 to 1, on average {r['mean']:.2f}")
+    return "\n".join(lines + [f"    note: {n}" for n in r["notes"]] + [f"    PROBLEM: {n}" for n in r["problems"]])
 
 
 def command_line(main):
     """Run a program's main; what a user can mend ends it with one line and exit status 2."""
     import sys
     try:
-        main()
+        status = main()
+        sys.exit(status if isinstance(status, int) else 0)
     except (ValueError, OSError) as error:  # DataError is a ValueError
         if os.environ.get("MVG_DEBUG"):
             raise

@@ -787,7 +787,7 @@ def write_la(out, seed):
         folder, atrium = out / "LA2018" / ("Training Set" if i < 5 else "Testing Set") / case, s.is_("la")
         wall = (blur(atrium.astype(np.float32)) > 0) & ~atrium
         for name, volume in (("lgemri", np.minimum(mr(s, TORSO, 4, top=200), 255)), ("laendo", 255 * atrium), ("lawall", 255 * wall)):
-            save_itk(folder / f"{name}.nrrd", volume, (1, 1, 1) if i == 1 else s.spacing, np.uint8)
+            save_itk(folder / f"{name}.nrrd", volume, (1, 1, 1) if i == 1 else (.625,) * 3, np.uint8)
         if case == "CMPXO4J23G58J53Q98SZ":
             save(folder / "desktop.ini", "[.ShellClassInfo]\n")
 

@@ -51,6 +51,7 @@ class Volume:
     header: object = None  # nibabel header, or the SimpleITK image
     shape: tuple = None    # as stored, where that is not three axes
     eight_bit: bool = False  # stored as uint8: 0..255 is its natural range
+    note: str = ""           # what was decided in reading it
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Pair:
     image: Volume
     label: Volume
     valid: np.ndarray = None  # same shape, True where the label has a truth; None: everywhere
+    problems: list = field(default_factory=list)  # what was wrong with the files and has been mended, for the doctor
+    notes: list = field(default_factory=list)     # what else was decided
     boxes: tuple = ()         # of a picture (X, Y): (first x, first y, last x, last y) of every box drawn into the label
 
 
@@ -162,10 +165,12 @@ def _read_nifti(path, channel, mask):
     _check_size(image.shape, path)
     if image.dataobj.dtype.fields is not None:
         raise DataError(f"{path} is an RGB NIfTI: save it with one gray channel")
+    note = ""
     if image.dataobj.dtype.kind == "c":
         raise DataError(f"{path} holds complex numbers: save its magnitude")
     if channel is not None and len(image.shape) == 4:
         array = np.asanyarray(image.dataobj[..., min(channel, image.shape[3] - 1)])
+        note = f"channel {min(channel, image.shape[3] - 1) + 1} of {image.shape[3]} is used"
     else:
         array = _three_d(np.asanyarray(image.dataobj), path, channel, "pass one 3-D volume, for example one frame or channel of it")
     if array.dtype.kind == "f":
@@ -173,7 +178,7 @@ def _read_nifti(path, channel, mask):
     affine = image.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0)):
         raise DataError(f"{path} has an affine that cannot be inverted: repair its header")
-    return Volume(array, affine, path, "nifti", image.header, image.shape if channel is None else None, image.dataobj.dtype == np.uint8)
+    return Volume(array, affine, path, "nifti", image.header, image.shape if channel is None else None, image.dataobj.dtype == np.uint8, note)
 
 
 def _read_itk(path, channel, mask):
@@ -213,10 +218,11 @@ def _read_picture(path, channel, mask):
             array = np.array(picture)
         else:
             array = np.array(picture.convert("L"))
+        note = "a color picture is read as gray" if picture.mode not in ("L", "I", "F", "1", "P") and not picture.mode.startswith("I;16") else ""
     array = array.astype(np.uint8) if array.dtype == bool else array
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
-    return Volume(array.T[:, :, None], LPS_TO_RAS, path, "picture", eight_bit=array.dtype == np.uint8)
+    return Volume(array.T[:, :, None], LPS_TO_RAS, path, "picture", eight_bit=array.dtype == np.uint8, note=note)
 
 
 def integer_labels(array, path):
@@ -248,6 +254,11 @@ def load_pair(image, label, task="segmentation", positive=False, spacing=None, c
     """Read an image and its label. positive: any value above 0 is class 1. spacing: replaces an unreliable header (mm)."""
     image, label = read_volume(image, channel), read_volume(label, mask=task == "segmentation")
     check_fit(label, image)
+    pair = Pair(image, label)
+    apart = np.abs(label.affine - image.affine) if image.kind != "picture" else np.zeros((4, 4))
+    if (apart[:3, :3].max(0) > 0.1 * (mm := np.linalg.norm(image.affine[:3, :3], axis=0))).any() or apart[:3, 3].max() > mm.max():
+        pair.problems.append(f"the header of {label.path.name} says another place or voxel size than its image's, which is used")
+    pair.notes += [v.note for v in (image, label) if v.note]
     label.affine = image.affine
     if task == "segmentation":
         label.array = (label.array > 0).astype(np.uint8) if positive else integer_labels(label.array, label.path)
@@ -255,8 +266,14 @@ def load_pair(image, label, task="segmentation", positive=False, spacing=None, c
             raise DataError(f"{label.path} holds the label {label.array.max()}: classes above 255 are not supported, renumber them")
     if spacing is not None:
         scale = np.array(spacing) / np.linalg.norm(image.affine[:3, :3], axis=0)
+        if np.abs(np.log(scale)).max() > 0.1:
+            pair.problems.append(f"its header says voxels of {spacing_text(image)}, they are {' x '.join(f'{v:g}' for v in spacing)}")
         image.affine = label.affine = image.affine @ np.diag([*scale, 1.0])
-    return Pair(image, label)
+    return pair
+
+
+def spacing_text(volume):
+    return " x ".join(f"{v:.4g}" for v in np.linalg.norm(volume.affine[:3, :3], axis=0)) + " mm"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,6 +366,7 @@ def load_frames(image, label):
     """An ultrasound sweep: slices are its frames, the third stored axis. The header's geometry is a placeholder; the pixel
     size is the one every public reader writes in, 1 mm between frames is ours (they are turned, not stacked)."""
     pair = load_pair(image, label, positive=True)
+    pair.notes.append(f"its header's voxels of {spacing_text(pair.image)} are a placeholder")
     pair.image.affine = pair.label.affine = LPS_TO_RAS @ np.diag([0.033586, 0.033586, 1.0, 1.0])
     return pair
 
@@ -507,12 +525,14 @@ def chest_xray(folder):
 def load_masks(image, *masks):
     """A picture and the union of its masks (any value above 0), which take on the picture's size, by nearest neighbor."""
     image = read_volume(image)
-    union = np.zeros(image.array.shape, np.uint8)
-    for mask in masks:
-        mask = read_volume(mask).array > 0
+    union, problems = np.zeros(image.array.shape, np.uint8), []
+    for path in masks:
+        mask = read_volume(path).array > 0
+        if mask.shape != union.shape:
+            problems.append(f"{path.name} is {shape_text(mask.shape[:2])}, its picture {shape_text(union.shape[:2])}: the mask is resized")
         x, y = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(union.shape[:2], mask.shape))
         union |= mask[x][:, y]
-    return Pair(image, Volume(union, image.affine, masks[0], "picture"))
+    return Pair(image, Volume(union, image.affine, masks[0], "picture"), problems=problems, notes=[image.note] * bool(image.note))
 
 
 def acdc(folder):

@@ -64,6 +64,7 @@ def parse(argv=None):
     add("--data_fraction", type=float, default=1.0, help="share of the training cases of every dataset, at least one (paper, Figure 7)")
     add("--dataset_weights", default="equal", choices=("equal", "size"), help="how datasets share their group (ours: equal)")
     add("--empty_slices", type=float, default=0.0, help="share of draws from any slice, foreground or not (authors: none)")
+    add("--strict", action="store_true", help="do not start where a case cannot be used; otherwise it is named and left out")
     add("--synthetic_share", type=float, help="add the procedural tasks, as this share of the draws (default with --datasets ... synthetic: that of one dataset)")
     add("--augment", type=float, default=0.0, help="share of samples made into other tasks by turning, zooming, other contrasts (paper: none)")
     add("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, else 0)")
@@ -186,7 +187,7 @@ def main(argv=None):
         found, problem = None, None
         if main_rank:
             try:
-                store = data.open_store(args.data_root, args.store, names, args.brats_pairs)
+                store = data.open_store(args.data_root, args.store, names, args.brats_pairs, args.strict)
                 found = list(store.datasets)
             except (ValueError, OSError) as error:
                 problem = str(error)

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def stand_ins(tmp_path_factory):
     root = tmp_path_factory.mktemp("stand_ins")
     phantom.write(root, 0, FIVE)
     return root
+
+
+@pytest.fixture(scope="session")
+def sixteen(tmp_path_factory):
+    """A data root with all sixteen stand-ins, written by two processes."""
+    out = tmp_path_factory.mktemp("sixteen")
+    slow = ["chest_xray", "deeplesion", "brats_gli", "promise12", "btcv", "microsegnet"]
+    parts = [slow, [n for n in data.DATASETS if n not in slow]]
+    runs = [subprocess.Popen([sys.executable, "phantom.py", "--out", str(out), "--datasets", *part], cwd=ROOT, stdout=subprocess.DEVNULL) for part in parts]
+    assert [run.wait() for run in runs] == [0, 0]
+    return out
 
 
 @pytest.fixture(scope="session")
