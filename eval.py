@@ -152,7 +152,7 @@ def read_slices(case, numbers):
     return np.stack(images), np.stack(labels), None if valid[0] is None else np.stack(valid)
 
 
-def answer_case(model, case, training, dataset, slices, seed, votes=1, mode="auto", others=()):
+def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="auto", others=()):
     """Predict the kept slices of a case and copy its prompt; all that `score` and the figure need, (K, H, W) each.
 
     The prompt is drawn from (seed, case), whatever other cases are scored. others: cases of other datasets, of which one is a
@@ -253,7 +253,7 @@ def main(argv=None):
     add("--max_cases", type=int, help="at most so many cases a dataset")
     add("--slices", default="foreground", choices=("foreground", "all"), help="foreground: slices whose truth has some (paper silent)")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained (ours: ar for segmentation, canvas for images)")
-    add("--votes", type=int, default=1, help="colorings (binary: views) averaged (paper: 1)")
+    add("--votes", type=int, help="colorings (binary: views) averaged (paper: 1; default: 8 where training knew such views, else 1)")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     args = p.parse_args(argv)

@@ -30,6 +30,7 @@ from readers import DataError, shape_text
 
 MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 BATCH = 16        # slices painted at once
+UNSURE = 0.65     # a class painted one by one is seen above 0.5, or where a slice has none of that, from this share of its brightest pixel on
 MAX_FITS = 2 ** 26  # values of per-class fits held at once, 256 MiB
 LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
 
@@ -55,6 +56,22 @@ def paint(model, prompt_images, prompt_labels, images, mode):
     return answers
 
 
+def paint_each(model, prompt_images, prompt_labels, images, mode):
+    """V questions, each with prompts of its own (V, n, 1, s, s) and images (V, B, 1, s, s) -> (V, B, 1, s, s), the mean over
+    what `paint` answers. Where few images share a prompt, questions are painted side by side."""
+    V, B = images.shape[:2]
+    if B > 4:
+        return torch.stack([sum(a) / len(a) for a in (paint(model, *question, mode) for question in zip(prompt_images, prompt_labels, images))])
+    device, n = next(model.parameters()).device, prompt_images.shape[1]
+    together = mode == "ar" and n <= model.config.max_prompts
+    answers = []
+    for px, py, x in zip(*(t.to(device).split(BATCH) for t in (prompt_images.repeat_interleave(B, 0), prompt_labels.repeat_interleave(B, 0), images.flatten(0, 1)))):
+        parts = [(px, py)] if together else list(zip(px.split(1, 1), py.split(1, 1)))
+        gray = [model.predict(model.encode_prompts(a, b), x) if mode == "ar" else model.predict_canvas(a[:, 0], b[:, 0], x) for a, b in parts]
+        answers.append((sum(gray) / len(gray)).cpu())
+    return torch.cat(answers).unflatten(0, (V, B))
+
+
 def choose_mode(model, segmentation, mode="auto"):
     """ar | canvas. auto: what the task was trained with; under the hybrid, ar for segmentation and canvas for images."""
     if mode not in ("auto", "ar", "canvas"):
@@ -65,22 +82,24 @@ def choose_mode(model, segmentation, mode="auto"):
     return {"ar": "ar", "mim": "canvas"}.get(objective, "ar" if segmentation else "canvas")
 
 
-def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", votes=1, seed=0, dataset=None):
+def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", votes=None, seed=0, dataset=None):
     """How well every pixel fits each class: images (B, 1, s, s) -> (B, C + 1, s, s), summing to 1, background first.
 
     prompt_labels (n, 1, s, s) integers; classes: the C values that are asked for, all above 0.
     votes: answers under so many random colorings are averaged, or, of a model trained on binary ones, of so many views (mirrored,
-    turned). dataset: whose colors a model trained on predefined ones uses.
+    turned); None: the eight views that training with --augment knew, else 1. dataset: whose colors a model trained on predefined ones uses.
     """
     mode, coloring = choose_mode(model, True, mode), model.meta.get("coloring", "random")
+    votes = votes or (8 if coloring == "binary" and model.meta.get("augment") else 1)
     if coloring == "binary":  # one class against the rest, class by class
-        gray = 0
-        for vote in range(votes):  # votes are views: as it is, mirrored, and both turned by quarters
-            turn = lambda x: torch.rot90(x.flip(-1) if vote % 2 else x, vote // 2 % 4, (-2, -1))
-            back = lambda x: torch.rot90(x, -(vote // 2) % 4, (-2, -1)).flip(-1 if vote % 2 else ())
-            answers = [paint(model, turn(prompt_images), turn((prompt_labels == c).float()), turn(images), mode) for c in classes]
-            gray = gray + torch.cat([back(sum(a) / len(a)) for a in answers], 1).clamp(0, 1) / votes  # (B, C, s, s)
-        fit = torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)
+        turn = lambda x, view: torch.rot90(x.flip(-1) if view % 2 else x, view // 2 % 4, (-2, -1))  # mirrored, turned by quarters
+        back = lambda x, view: torch.rot90(x, -(view // 2) % 4, (-2, -1)).flip(-1 if view % 2 else ())
+        questions = [(turn(prompt_images, v), turn((prompt_labels == c).float(), v), turn(images, v)) for v in range(votes) for c in classes]
+        gray = paint_each(model, *(torch.stack(t) for t in zip(*questions)), mode).unflatten(0, (votes, len(classes))).clamp(0, 1)
+        gray = sum(back(g, v) for v, g in enumerate(gray)) / votes  # (C, B, 1, s, s)
+        gray = gray[:, :, 0].transpose(0, 1)
+        fit = gray / (UNSURE * gray.flatten(2).amax(2)[..., None, None]).clamp(0.2, 0.5)  # 1 is where the class begins
+        fit = torch.cat([torch.ones_like(fit[:, :1]), fit], 1)
         return fit / fit.sum(1, keepdim=True)
     rng, fit = np.random.default_rng(seed), 0
     for vote in range(votes):
@@ -97,7 +116,7 @@ def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", v
     return fit / fit.sum(1, keepdim=True)
 
 
-def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=1, seed=0, dataset=None, slices=None, progress=None):
+def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, seed=0, dataset=None, slices=None, progress=None):
     """Answer every slice of a stack (K, H, W) float in [0, 1] -> (K, H, W): integers with the prompt's values, or floats.
 
     prompts: list of (images, labels), each (K_p, H_p, W_p), label integers or floats in [0, 1]
@@ -135,7 +154,7 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=1, see
     return output
 
 
-def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=None, dataset=None):
+def predict(model_or_path, prompts, image, mode="auto", votes=None, seed=0, device=None, dataset=None):
     """Answer one image.
 
     model_or_path   an MVG, or a checkpoint's path
@@ -166,7 +185,7 @@ def predict(model_or_path, prompts, image, mode="auto", votes=1, seed=0, device=
         pairs = [(x, y.astype(np.int64)) for x, y in pairs]
     else:
         pairs = [(x, _checked(y, f"label of prompt {i}")) for i, (x, y) in enumerate(pairs)]
-    if votes < 1:
+    if votes is not None and votes < 1:
         raise ValueError(f"votes is {votes}: it must be at least 1")
     model = model_or_path
     if not isinstance(model, mvg.MVG):
@@ -312,12 +331,12 @@ def main(argv=None):
     add("--task", default="auto", choices=("auto", "seg", "image"), help=f"auto: a label of integers, at most {MAX_CLASSES} distinct ones, is a segmentation")
     add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"), help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
-    add("--votes", type=int, default=1, help="colorings (binary: views) whose answers are averaged (ours)")
+    add("--votes", type=int, help="colorings (binary: views) whose answers are averaged (default: 8 where training knew such views, else 1)")
     add("--seed", type=int, default=0, help="of the votes")
     add("--dataset", metavar="NAME", help="whose colors to use, for a model trained with --coloring predefined")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     args = p.parse_args(argv)
-    if args.votes < 1 or args.seed < 0:
+    if (args.votes is not None and args.votes < 1) or args.seed < 0:
         raise DataError(f"--votes is {args.votes} and --seed {args.seed}: votes are at least 1, seeds not below 0")
 
     # ---- read everything before anything is computed

@@ -217,7 +217,7 @@ def main(argv=None):
         say(f"{name} is left out: it has no training case with foreground")
 
     # ---- model
-    model.meta = {"coloring": args.coloring, "objective": args.objective, "datasets": drawn_from,
+    model.meta = {"coloring": args.coloring, "objective": args.objective, "augment": args.augment, "datasets": drawn_from,
                   "predefined": list(episodes.predefined) if args.coloring == "predefined" else None}
     model.to(device)
     optimizers = make_optimizers(model, args)

@@ -291,7 +291,7 @@ def test_binary_coloring_averages_over_prompts(echo):
     empty = np.zeros((64, 64), int)
     assert np.array_equal(infer.predict(echo, [(image, label)], image), label)
     half = infer.segment(echo, torch.zeros(2, 1, 64, 64), torch.from_numpy(np.stack([label, empty]))[:, None], torch.zeros(1, 1, 64, 64), [5])
-    assert half[0, :, 20, 20].tolist() == [0.5, 0.5] and torch.allclose(half.sum(1), torch.ones(1, 64, 64))
+    assert half[0, :, 20, 20].tolist() == pytest.approx([0.65 / 1.65, 1 / 1.65]) and half[0, 0, 50, 50] == 1 and torch.allclose(half.sum(1), torch.ones(1, 64, 64))
 
 
 def test_votes_of_a_binary_model_are_views(echo, monkeypatch):
@@ -302,7 +302,10 @@ def test_votes_of_a_binary_model_are_views(echo, monkeypatch):
     image, label = np.random.default_rng(0).random((64, 64)), np.zeros((64, 64), int)
     label[4:30, 10:20] = 5
     assert np.array_equal(infer.predict(echo, [(image, label)], image, votes=8), label)
-    assert len({tuple(s.flatten().tolist()) for s in seen}) == 8
+    assert len({tuple(view.flatten().tolist()) for s in seen for view in s}) == 8
+    many = infer.segment(echo, *(torch.rand(1, 1, 64, 64), torch.from_numpy(label)[None, None], torch.rand(6, 1, 64, 64)), [5], votes=3)
+    few = infer.segment(echo, *(torch.rand(1, 1, 64, 64), torch.from_numpy(label)[None, None], torch.rand(2, 1, 64, 64)), [5], votes=3)
+    assert torch.equal(many[:2], few)  # one by one, or side by side
 
 
 def test_predefined_colors_are_those_of_the_class_whatever_else_is_shown(tmp_path, echo, monkeypatch):
