@@ -24,6 +24,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from heapq import nsmallest
@@ -1040,8 +1041,12 @@ def draw_figure(path, found, columns=4):
     for axis in axes.flat:
         axis.axis("off")
     for n, (name, hit) in enumerate(found.items()):
-        case = next(c for c in hit.cases if c.split != "inference")
-        arrays, index = prepare_case(case, hit.dataset)
+        for case in (c for c in hit.cases if c.split != "inference"):
+            with suppress(DataError):
+                arrays, index = prepare_case(case, hit.dataset)
+                break
+        else:
+            continue
         k = max(index["foreground"] or [0], key=lambda k: (len(index["classes"][k]), np.count_nonzero(arrays["label"][k])))
         label = arrays["label"][k]
         if hit.dataset.colored:

@@ -93,8 +93,8 @@ def test_the_doctor_names_every_kind_of_problem(tmp_path):
     words = {"unreadable": "cannot be read", "mismatch": "5x5x5", "value": "holds the label 7", "missing": "is missing", "thick": "spacing", "empty": "label is empty",
              "constant": "image is constant"}
     assert status == 1 and set(found) == set(words) and all(w in found[n] for n, w in words.items()), report["problems"]
-    status, said, _ = doctor("--data_root", tmp_path)
-    assert status == 1 and all(f"PROBLEM: {line}" in said for line in report["problems"])
+    status, said, _ = doctor("--data_root", tmp_path, "--figure", tmp_path / "f.png")
+    assert status == 1 and (tmp_path / "f.png").is_file() and all(f"PROBLEM: {line}" in said for line in report["problems"])
     for n in words:
         image(n).unlink()
         label(n).unlink(missing_ok=True)
