@@ -358,7 +358,7 @@ def test_a_bad_case_is_named_and_left_out(tmp_path, capsys):
     (root / "imagesTr" / "c_0000.nii.gz").write_bytes(whole[:len(whole) // 2])
     problems = data.prepare(data.find(tmp_path / "data"), tmp_path / "store")
     said = capsys.readouterr().out
-    assert "1 of 3 cases lack a file" in said and ": b" in said
+    assert "Dataset900_Bad: b: b.nii.gz is missing, it is neither trained on nor scored" in said
     assert len(problems["Dataset900_Bad"]) == 1 and "c_0000.nii.gz cannot be read" in said
     assert [c.name for c in data.Store(tmp_path / "store").cases["Dataset900_Bad"]] == ["a"]
 

@@ -386,7 +386,7 @@ def test_a_case_without_a_healthy_mask_is_for_inference_and_said(stand_ins, tmp_
     hits = data.find(stand_ins, ["brats_local"])
     data.prepare(hits, tmp_path)
     out = capsys.readouterr().out
-    assert out.count("1 of 8 cases lack a file and are neither trained on nor scored: BraTS-GLI-00001-000") == 1
+    assert out.count("BraTS-GLI-00001-000: BraTS-GLI-00001-000-t1n.nii.gz, BraTS-GLI-00001-000-mask-healthy.nii.gz is missing") == 1
     assert not (tmp_path / "brats_local/BraTS-GLI-00001-000").exists()
 
 
