@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25  # ours; one channel, so no ImageNet statistics
 ROPE_BASE = 100.0                  # ours; the slowest rotation turns by about a quarter over a 28-token side
@@ -213,6 +214,7 @@ class MVG(nn.Module):
         self.config, c = config, config
         self.grid = c.image_size // c.patch
         self.meta = {}  # what a checkpoint says of its training: coloring, objective, datasets
+        self.recompute = False  # activation checkpointing: what a block or the head computed is computed again backwards, not kept
         self.embed = nn.Conv2d(1, c.width, c.patch, c.patch)
         self.position = nn.Parameter(torch.zeros(1, c.width, self.grid, self.grid))
         self.stream = nn.Parameter(torch.zeros(2, c.width))  # image | label
@@ -261,18 +263,22 @@ class MVG(nn.Module):
 
     # ---- running blocks
 
-    def _run(self, x, plan, first, last, size, past=None, keep=None):
-        """Blocks first..last-1 over x (B, E, N, D). Returns x, the tapped features, keys and values block by block."""
+    def _run(self, x, plan, first, last, size, past=None, keep=None, remember=False):
+        """Blocks first..last-1 over x (B, E, N, D). Returns x, the tapped features, and, to remember, keys and values block by block."""
         h, w = size
         angles = None
         if self.config.positions == "rope":
             angles = rope_angles(h, w, self.config.width // self.config.heads, self.grid, x.device)
         features, memory = [], []
         for i in range(first, last):
-            x, own = self.blocks[i](x, plan, angles, past[i] if past else None, keep[:, i] if keep is not None else None)
+            x, own = self._again(self.blocks[i], x, plan, angles, past[i] if past else None, keep[:, i] if keep is not None else None)
             features += [x] * self.taps.count(i)
-            memory.append(own)
+            memory += [own] * remember
         return x, features, memory
+
+    def _again(self, module, *inputs):
+        """module(*inputs), computed a second time backwards if `recompute`."""
+        return checkpoint(module, *inputs, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else module(*inputs)
 
     def _keep(self, drop):
         """Uniform numbers (B, depth, 2) -> factors of the branches: 0 with the block's drop rate, else 1 / (1 - rate)."""
@@ -284,7 +290,7 @@ class MVG(nn.Module):
     def _paint(self, features, size):
         """4 x (B, E, N, D) -> (B, E, outputs, H, W)"""
         B, E = features[0].shape[:2]
-        return self.head([f.flatten(0, 1) for f in features], *size).unflatten(0, (B, E))
+        return self._again(self.head, [f.flatten(0, 1) for f in features], *size).unflatten(0, (B, E))
 
     # ---- objective 1: masked image modeling
 
@@ -312,15 +318,15 @@ class MVG(nn.Module):
 
     # ---- objective 2: autoregressive, next-image prediction
 
-    def paint_labels(self, images, labels, first_term=False, drop=None):
-        """p(label i | image i, all earlier pairs) for every pair in one pass (Eq. 2).
+    def paint_labels(self, images, labels, drop=None):
+        """p(label i | image i, all earlier pairs) for every pair after the first, in one pass (Eq. 2).
 
-        images (B, S, 1, H, W), labels (B, S, 1, H, W) -> (B, S, 1, H, W), or S - 1 labels without the first term,
-        which has no context. The last label is never read.
+        images (B, S, 1, H, W), labels (B, S, 1, H, W) -> (B, S - 1, 1, H, W); the last label is never read. A single pair (S = 1)
+        is asked for its label without any context: (B, 1, 1, H, W).
         """
         S = images.shape[1]
         h, w = size = self._size(images)
-        keep, depth, asked = self._keep(drop), self.config.depth, range(0 if first_term else 1, S)
+        keep, depth, asked = self._keep(drop), self.config.depth, range(min(1, S - 1), S)
         images = self.place(self.patchify(images), IMAGE, h, w)  # (B, S, N, D)
         labels = self.place(self.patchify(labels[:, :-1]), LABEL, h, w) if S > 1 else images[:, :0]  # (B, n, N, D)
         if self.config.layout == "sequence":
@@ -351,14 +357,14 @@ class MVG(nn.Module):
 
     # ---- the loss
 
-    def forward(self, images, labels, objective, hidden=None, colored=None, valid=None, first_term=None, drop=None,
+    def forward(self, images, labels, objective, hidden=None, colored=None, valid=None, first=None, drop=None,
                 loss="smooth_l1", beta=0.01, background_weight=0.1):
         """The training loss of a batch, every sample normalised by its own weights, then averaged.
 
         images, labels (B, S, 1, H, W) in [0, 1]; valid the same shape, 0 where a label has no truth
         objective   "mim" (S = 2, with hidden (B, 4, N)) | "ar"
         colored     (B,) bool: the labels are colored masks, their background (0) counts `background_weight` (authors: 0.1)
-        first_term  (B,) bool: which samples are also asked for the first label, without context (ar only)
+        first       (b,) int: the samples that are also asked for their first label, without context (ar only)
         drop        (B, depth, 2) uniform numbers for drop path, None for none
         Returns (loss, loss of every sample (B,) detached, {term: its mean, detached}).
         """
@@ -366,26 +372,30 @@ class MVG(nn.Module):
         if colored is not None:
             background = (labels == 0) & colored.view(-1, 1, 1, 1, 1)
             weight = torch.where(background, background_weight * weight, weight)
+
+        def errors(painted, target, weight):  # (B, E), the sums over pixels and those of their weights
+            error = pixel_loss(painted.float(), target.float(), loss, beta) * weight
+            return error.sum((2, 3, 4)), weight.sum((2, 3, 4))
+
         if objective == "mim":
             if images.shape[1] != 2:
                 raise ValueError(f"the canvas holds one prompt pair and one task pair, got {images.shape[1]} pairs")
             target = torch.stack([images, labels], 2).flatten(1, 2)  # (B, 4, 1, H, W)
             painted = from_canvas(self.paint_canvas(to_canvas(target), hidden, drop))
             weight = torch.stack([torch.ones_like(weight), weight], 2).flatten(1, 2) * self.to_pixels(hidden, images)
+            error, weight = errors(painted, target, weight)
             names = ["prompt_image", "prompt_label", "image", "label"]
         elif objective == "ar":
-            ask_first = first_term is not None
-            painted = self.paint_labels(images, labels, ask_first, drop)
-            target, weight = labels[:, -painted.shape[1]:], weight[:, -painted.shape[1]:]
-            names = [f"label_{i + 1}" for i in range(labels.shape[1])][-painted.shape[1]:]
-            if ask_first:
-                asked = torch.ones(weight.shape[:2], dtype=weight.dtype, device=weight.device)
-                asked[:, 0] = first_term.to(weight.dtype)
-                weight = weight * asked[:, :, None, None, None]
+            error, total = errors(self.paint_labels(images, labels, drop), labels[:, 1:], weight[:, 1:])
+            names = [f"label_{i + 2}" for i in range(error.shape[1])]
+            if first is not None and len(first):
+                alone = images[first, :1], labels[first, :1]
+                own = errors(self.paint_labels(*alone, drop if drop is None else drop[first]), alone[1], weight[first, :1])
+                error, total = (torch.cat([torch.zeros_like(t[:, :1]).index_copy(0, first, o), t], 1) for t, o in zip((error, total), own))
+                names = ["label_1", *names]
+            weight = total
         else:
             raise ValueError(f"objective is {objective!r}: choose mim or ar")
-        error = pixel_loss(painted.float(), target.float(), loss, beta) * weight  # (B, E, 1, H, W)
-        error, weight = error.sum((2, 3, 4)), weight.sum((2, 3, 4))  # (B, E)
         sample = error.sum(1) / weight.sum(1).clamp(min=1e-6)  # (B,)
         terms = {k: (error[:, i].sum() / weight[:, i].sum().clamp(min=1e-6)).detach() for i, k in enumerate(names)}
         return sample.mean(), sample.detach(), terms
@@ -414,12 +424,15 @@ class MVG(nn.Module):
         images, labels = (self.place(self.patchify(x), s, h, w) for x, s in ((images, IMAGE), (labels, LABEL)))
         if self.config.layout == "sequence":
             x = torch.stack([images, labels], 2).flatten(1, 2) + self.role[PROMPT]
-            _, _, memory = self._run(x, [((e,), range(e + 1)) for e in range(2 * n)], 0, depth, size)
+            _, _, memory = self._run(x, [((e,), range(e + 1)) for e in range(2 * n)], 0, depth, size, remember=True)
         else:
-            plan = [((i,), range(i + 1)) for i in range(n)] + [((n + j,), range(n, n + j + 1)) for j in range(n)]
-            x, _, memory = self._run(torch.cat([images, labels], 1), plan, 0, fuse_at, size)
-            x = (x[:, :n] + x[:, n:]) / 2 + self.role[PROMPT]
-            memory += self._run(x, plan[:n], fuse_at, depth, size)[2]
+            # The task's hidden label sees the prompts' labels and itself: it is the same for every image.
+            plan = [((i,), range(i + 1)) for i in range(n)] + [((n + j,), range(n, n + j + 1)) for j in range(n + 1)]
+            x, _, memory = self._run(torch.cat([images, labels, self._blank(images, 1, h, w)], 1), plan, 0, fuse_at, size, remember=True)
+            memory = [(keys[:n], values[:n]) for keys, values in memory]  # the images'
+            blank, x = x[:, 2 * n:], (x[:, :n] + x[:, n:2 * n]) / 2 + self.role[PROMPT]
+            memory += self._run(x, plan[:n], fuse_at, depth, size, remember=True)[2]
+            return {"memory": memory, "prompts": n, "size": size, "blank": blank}
         return {"memory": memory, "prompts": n, "size": size}
 
     @torch.no_grad()
@@ -437,11 +450,10 @@ class MVG(nn.Module):
         if self.config.layout == "sequence":
             _, features, _ = self._run(x + self.role[QUERY], [((0,), range(2 * n + 1))], 0, depth, size, past)
             return self._paint(features, size)[:, 0].float()
-        x = torch.cat([x, self._blank(x, 1, h, w)], 1)  # the image, its hidden label; before them n images, n labels
-        plan = [((0,), [*range(n), 2 * n]), ((1,), [*range(n, 2 * n), 2 * n + 1])]
+        plan = [((0,), range(n + 1))]  # the image sees those of the prompts and itself, and once fused all pairs
         x, _, _ = self._run(x, plan, 0, fuse_at, size, past)
-        x = x.mean(1, keepdim=True) + self.role[QUERY]
-        _, features, _ = self._run(x, [((0,), range(n + 1))], fuse_at, depth, size, past)
+        x = (x + cache["blank"]) / 2 + self.role[QUERY]
+        _, features, _ = self._run(x, plan, fuse_at, depth, size, past)
         return self._paint(features, size)[:, 0, LABEL:].float()
 
     @torch.no_grad()
@@ -555,3 +567,39 @@ def load(path, device="cpu"):
         raise ValueError(f"{path} does not fit this code ({str(error).splitlines()[0][:80]}): train it again") from None
     model.meta = meta if isinstance(meta := checkpoint.get("meta"), dict) else {}
     return model.to(device).eval()
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_vit(model, path):
+    """Start the trunk from a plain ViT's state dict (MAE's or timm's names); the head and what a ViT has not stay as they are.
+
+    Its three input channels become one that answers to a gray picture as they did together, normalised as ImageNet is; the class token is
+    dropped, positions are resized. Raises ValueError where width, depth or patch differ, or the file is no ViT.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state.get("state_dict", state))
+        kernel, bias, position = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], state["pos_embed"]
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no ViT's state dict ({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}): "
+                         "pass a MAE or timm ViT saved with torch.save") from None
+    c, depth = model.config, len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    for what, theirs, ours in (("width", kernel.shape[0], c.width), ("depth", depth, c.depth), ("patch", kernel.shape[-1], c.patch)):
+        if theirs != ours:
+            raise ValueError(f"{path} has {what} {theirs}, this model {ours}: choose the --model of its size")
+    mean, std = (torch.tensor(v[:kernel.shape[1]]).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    side = int(position.shape[1] ** 0.5)  # a class token makes it one more than a square
+    grid = position[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))
+    own = {"embed.weight": (kernel * PIXEL_STD / std).sum(1, keepdim=True), "embed.bias": bias + (kernel * (PIXEL_MEAN - mean) / std).sum((1, 2, 3)),
+           "position": F.interpolate(grid, size=(model.grid, model.grid), mode="bicubic", align_corners=False) if side != model.grid else grid}
+    for name, value in state.items():
+        if name.startswith("blocks."):
+            own[name.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.2")] = value
+    try:
+        unknown = model.load_state_dict({k: v.float() for k, v in own.items()}, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit ({str(error).splitlines()[-1].strip()[:120]}): choose the --model of its size") from None
+    if unknown:
+        raise ValueError(f"{path} has {unknown[0]}, which a plain ViT has not: pass a MAE or timm ViT")

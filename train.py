@@ -265,7 +265,7 @@ def main(argv=None):
     for step, batch in enumerate(loader, start=first):  # step: those done before this one
         where = [batch.pop(k) for k in ("dataset", "case", "slice")]
         objective = episodes.step(step)[0]
-        ask_first = bool(batch["first"].any()) and objective == "ar"
+        asked = batch.pop("first").nonzero()[:, 0].to(device, non_blocking=True)  # who is asked for the first label
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         labels = data.color(batch["labels"], batch["palette"], batch["colored"])
         lr = learning_rate(step, steps, args)
@@ -274,7 +274,7 @@ def main(argv=None):
                 group["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if args.bf16 is None else args.bf16):
             loss, sample_loss, _ = step_model(batch["images"], labels, objective, batch.get("hidden"), batch["colored"], batch["valid"],
-                                              batch["first"] if ask_first else None, batch["drop"], args.loss, args.beta,
+                                              asked, batch["drop"], args.loss, args.beta,
                                               args.background_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

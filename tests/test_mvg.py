@@ -1,6 +1,10 @@
 """The model against independent computations: a naive masked attention, perturbed inputs, hand-made losses."""
 
+import importlib.abc
+import importlib.machinery
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -34,24 +38,18 @@ def pairs(B, S, size=32, seed=1):
 def test_nothing_at_or_after_a_label_reaches_its_own_prediction(layout, n):
     model, (images, labels) = small(layout), pairs(2, n + 1)
     with torch.no_grad():
-        before = model.paint_labels(images, labels, first_term=True)
+        paint = lambda: torch.cat([model.paint_labels(images[:, :1], labels[:, :1]), model.paint_labels(images, labels)], 1)
+        before = paint()
         assert before.shape == labels.shape
         for i in range(n + 1):
             for stream, first_touched in ((images, i), (labels, i + 1)):  # image i touches label i, label i the next one
                 kept = stream[:, i].clone()
                 stream[:, i] = 1 - kept
-                after = model.paint_labels(images, labels, first_term=True)
+                after = paint()
                 stream[:, i] = kept
                 assert torch.equal(after[:, :first_touched], before[:, :first_touched])
                 for j in range(first_touched, n + 1):
                     assert not torch.allclose(after[:, j], before[:, j], atol=1e-4)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_first_term_leaves_the_other_predictions_alone(layout):
-    model, (images, labels) = small(layout), pairs(2, 3)
-    with torch.no_grad():
-        assert torch.allclose(model.paint_labels(images, labels, True)[:, 1:], model.paint_labels(images, labels), atol=1e-5)
 
 
 # ---- the plan of attention calls against one naive attention with a mask, written from the definition
@@ -211,12 +209,31 @@ def test_pixel_losses(kind, expected):
     assert small_error == pytest.approx(0.5 * 0.001 ** 2 / 0.01)
 
 
-def test_the_first_term_is_for_the_samples_that_ask():
-    model, (images, labels) = small("fused"), pairs(2, 2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_term_is_for_the_samples_that_ask(layout):
+    """By hand: a sample's loss is the mean over the pixels of all the labels it is asked for."""
+    model, (images, labels) = small(layout), pairs(3, 3)
     with torch.no_grad():
-        both = model(images, labels, "ar", first_term=torch.tensor([True, False]))[1]
-        without = model(images, labels, "ar")[1]
-    assert both[1].item() == pytest.approx(without[1].item(), rel=1e-4) and abs(both[0] - without[0]) > 1e-4
+        rest, first = model.paint_labels(images, labels), model.paint_labels(images[:, :1], labels[:, :1])
+        _, sample, terms = model(images, labels, "ar", first=torch.tensor([2, 0]), loss="l1")
+        without = model(images, labels, "ar", first=torch.tensor([], dtype=torch.long), loss="l1")
+    errors = torch.cat([(first - labels[:, :1]).abs(), (rest - labels[:, 1:]).abs()], 1).mean((2, 3, 4))  # (3, 3)
+    assert torch.allclose(sample, torch.stack([errors[0].mean(), errors[1, 1:].mean(), errors[2].mean()]), atol=1e-5)
+    assert terms["label_1"].item() == pytest.approx(errors[[0, 2], 0].mean().item(), rel=1e-4)
+    assert torch.allclose(without[1], errors[:, 1:].mean(1), atol=1e-5) and set(without[2]) == {"label_2", "label_3"}
+
+
+@pytest.mark.parametrize("objective", ("ar", "mim"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recomputing_activations_changes_no_gradient(layout, objective):
+    gradients = []
+    for recompute in (False, True):
+        model, (images, labels) = small(layout, drop_path=0.3), pairs(2, 2)
+        model.recompute = recompute
+        uniform = torch.rand(2, 6, 2, generator=torch.Generator().manual_seed(0))
+        model(images, labels, objective, torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(1)) < 0.5, drop=uniform)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("objective", ("ar", "mim"))
@@ -314,3 +331,79 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     assert "never run" not in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         mvg.load(tmp_path / "nothing.pt")
+
+
+# ---- a plain ViT inside
+
+class Anything(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything(name, (), {"__init__": lambda self, *a, **k: None})
+
+
+class Unused(types.ModuleType):
+    """Stands for torchvision, whose wheel may be of another build than torch: timm imports it, its ViT does not use it."""
+    __path__ = []
+
+    def __getattr__(self, name):
+        return getattr(Anything("torchvision", (), {}), name)
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+
+    def create_module(self, spec):
+        return Unused(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+@pytest.fixture(scope="module")
+def vit():
+    sys.meta_path.insert(0, finder := Finder())
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    sys.meta_path.remove(finder)
+    torch.manual_seed(3)
+    model = timm.VisionTransformer(img_size=48, patch_size=8, embed_dim=64, depth=6, num_heads=4, num_classes=0).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def trunk(model, gray):
+    """Tokens (B, N, D) after the last block of one image seen alone."""
+    with torch.no_grad():
+        x = model.patchify(gray[:, None]) + model.position.flatten(2).transpose(1, 2)[:, None]
+        return model._run(x, [((0,), (0,))], 0, model.config.depth, model._size(gray))[0][:, 0]
+
+
+def test_the_trunk_is_timms_vit(vit, tmp_path):
+    """With learned positions and without QK-norm: the patches of a gray picture, block after block, class token aside."""
+    torch.save({"model": vit.state_dict()}, tmp_path / "vit.pt")
+    model = mvg.MVG(mvg.Config(width=64, depth=6, heads=4, head_channels=8, patch=8, image_size=48, positions="learned", qk_norm=False)).eval()
+    mvg.load_vit(model, tmp_path / "vit.pt")
+    gray = torch.rand(2, 1, 48, 48)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mvg.IMAGENET_MEAN, mvg.IMAGENET_STD))
+    with torch.no_grad():
+        x = vit.patch_embed((gray.expand(-1, 3, -1, -1) - mean) / std) + vit.pos_embed[:, 1:]
+        for block in vit.blocks:
+            x = block(x)
+    assert torch.allclose(trunk(model, gray), x, atol=1e-5 * x.abs().max().item())
+
+
+def test_a_vit_of_another_size_is_refused_and_another_grid_resized(vit, tmp_path):
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    config = dict(width=64, depth=6, heads=4, head_channels=8, patch=8, image_size=32)
+    model = mvg.MVG(mvg.Config(**config))
+    mvg.load_vit(model, tmp_path / "vit.pt")
+    assert model.position.shape == (1, 64, 4, 4) and torch.equal(model.blocks[5].mlp[2].weight, vit.blocks[5].mlp.fc2.weight)
+    for change, words in ((dict(width=128), "width 64, this model 128"), (dict(depth=8), "depth 6, this model 8"), (dict(patch=16), "patch 8, this model 16")):
+        with pytest.raises(ValueError, match=words):
+            mvg.load_vit(mvg.MVG(mvg.Config(**{**config, **change})), tmp_path / "vit.pt")
+    for content in (torch.zeros(3), {"model": {}}, {"patch_embed.proj.weight": torch.zeros(3)}):
+        torch.save(content, tmp_path / "no.pt")
+        with pytest.raises(ValueError, match="no ViT's state dict"):
+            mvg.load_vit(model, tmp_path / "no.pt")

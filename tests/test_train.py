@@ -199,9 +199,8 @@ def steps_of_gradients(store_root, rank, ranks, batch, folder):
         b = torch.utils.data.default_collate([episodes[k] for k in keys])
         objective = episodes.step(step)[0]
         objectives.add(objective)
-        first = b["first"] if objective == "ar" and b["first"].any() else None
         loss = wrapped(b["images"], data.color(b["labels"], b["palette"], b["colored"]), objective, b.get("hidden"), b["colored"],
-                       b["valid"], first, b["drop"])[0]
+                       b["valid"], b["first"].nonzero()[:, 0], b["drop"])[0]
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
