@@ -153,23 +153,29 @@ def cost(config, batch, objective="ar", bf16=True, recompute=False, way="ours"):
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     size, tokens = config.image_size, (config.image_size // config.patch) ** 2
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FakeTensorMode(), mock.patch.object(mvg.MVG, "_init", staticmethod(lambda module: None)), \
-            mock.patch.object(mvg, "attend", F.scaled_dot_product_attention), Peak() as memory:
+
+    def step():
         model = mvg.MVG(config) if way == "ours" else Reference(config, way)
         model.recompute = recompute
         images, labels = torch.zeros(2, batch, 2, 1, size, size).unbind()
         moments = [torch.zeros_like(p) for p in model.parameters() for _ in range(2)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if way == "ours":
+                hidden = torch.zeros(batch, 4, tokens, dtype=torch.bool) if objective == "mim" else None
+                loss = model(images, labels, objective, hidden, torch.ones(batch, dtype=torch.bool), torch.ones_like(labels, dtype=torch.uint8),
+                             drop=torch.zeros(batch, config.depth, 2))[0]
+            else:
+                loss = mvg.pixel_loss(model(images, labels).float(), labels, "smooth_l1", 0.01).mean()
+        loss.backward()
+        return moments  # so that they live to the end
+
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FakeTensorMode(), mock.patch.object(mvg.MVG, "_init", staticmethod(lambda module: None)), \
+            mock.patch.object(mvg, "attend", F.scaled_dot_product_attention):
         with FlopCounterMode(display=False, custom_mapping={flash: attention_flops}) as flops:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                if way == "ours":
-                    hidden = torch.zeros(batch, 4, tokens, dtype=torch.bool) if objective == "mim" else None
-                    loss = model(images, labels, objective, hidden, torch.ones(batch, dtype=torch.bool), torch.ones_like(labels, dtype=torch.uint8),
-                                 drop=torch.zeros(batch, config.depth, 2))[0]
-                else:
-                    loss = mvg.pixel_loss(model(images, labels).float(), labels, "smooth_l1", 0.01).mean()
-            loss.backward()
-        del moments
+            step()
+        with Peak() as memory:  # apart: the other one keeps tensors alive
+            step()
     return flops.get_total_flops(), memory.peak
 
 
