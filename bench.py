@@ -144,8 +144,8 @@ def attention_flops(q, k, v, *args, out_shape=None, **kwargs):
     return sdpa_flop_count(q, k, v)
 
 
-def cost(config, batch, objective="ar", bf16=True, recompute=False, way="ours"):
-    """A training step carried out on tensors that have shapes and no contents: (FLOPs, bytes at the peak).
+def cost(config, batch, objective="ar", bf16=True, recompute=False, way="ours", pairs=2):
+    """A training step of `batch` samples of `pairs` pairs, carried out on tensors that have shapes and no contents: (FLOPs, bytes at the peak).
 
     The peak holds weights, gradients and AdamW's two moments (16 bytes a parameter) and everything that forward and
     backward keep, with attention by a kernel that does not hold the matrix; not the CUDA context (some 0.5 GB), DDP's
@@ -157,7 +157,7 @@ def cost(config, batch, objective="ar", bf16=True, recompute=False, way="ours"):
     def step():
         model = mvg.MVG(config) if way == "ours" else Reference(config, way)
         model.recompute = recompute
-        images, labels = torch.zeros(2, batch, 2, 1, size, size).unbind()
+        images, labels = torch.zeros(2, batch, pairs, 1, size, size).unbind()
         moments = [torch.zeros_like(p) for p in model.parameters() for _ in range(2)]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if way == "ours":

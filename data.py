@@ -837,16 +837,20 @@ class Episodes(torch.utils.data.Dataset):
 
     `synthetic` adds the endless procedural tasks (synthetic.py) to both groups, under that name; they need no store.
     augment: the share of samples from the store that `augment` changes.
+    Of every dataset's training cases, those of the last `held_out` patients (at most a fifth of them) are kept in `held`, for validation; of the
+    rest `data_fraction` (at least one), or at most `few`, are drawn from, the same ones whatever the seed.
     A sample (S = prompts + 1 pairs, the task pair last):
         images, labels  (S, 1, H, W) float32; labels are classes where `colored`, else [0, 1]
         valid           (S, 1, H, W) uint8
         palette (256,) float32, colored (), first () bool: is the first label asked for too
         hidden (4, N) bool for mim; drop (depth, 2) uniform numbers; dataset, case, slice () integers, for the log
+    Raises DataError, which names the cases, where one cannot be read.
     """
 
     def __init__(self, store, image_size, patch, depth, seed=0, num_prompts=(1, 1), objective="hybrid", seg_share=0.5,
                  mim_share=0.9, mask_ratio=0.75, hide_label=0.1, coloring="random", first_term="auto",
-                 dataset_weights="equal", data_fraction=1.0, empty_slices=0.0, synthetic=False, synthetic_share=None, augment=0.0):
+                 dataset_weights="equal", data_fraction=1.0, empty_slices=0.0, synthetic=False, synthetic_share=None, augment=0.0,
+                 few=None, held_out=0):
         self.store, self.image_size, self.patch, self.depth, self.seed = store, image_size, patch, depth, seed
         self.num_prompts, self.objective, self.mim_share = num_prompts, objective, mim_share
         self.mask_ratio, self.hide_label, self.coloring, self.first_term = mask_ratio, hide_label, coloring, first_term
@@ -854,12 +858,16 @@ class Episodes(torch.utils.data.Dataset):
         self.datasets = store.datasets if store else {}
         self.names = sorted(self.datasets) + [SYNTHETIC] * synthetic
         self.predefined = predefined_offsets(self.datasets.values())
-        self.cases, self.slices, self.excluded = {}, {}, []
+        self.cases, self.slices, self.held, self.excluded = {}, {}, {}, []
         for name in self.datasets:
             cases = [c for c in store.split(name, "train") if c.foreground]
-            if data_fraction < 1 and cases:
+            patients = list(dict.fromkeys(c.patient for c in cases))
+            away = set(patients[len(patients) - min(held_out, len(patients) // 5):])
+            self.held[name], cases = [c for c in cases if c.patient in away], [c for c in cases if c.patient not in away]
+            left = min(max(1, round(data_fraction * len(cases))), few or len(cases))
+            if left < len(cases):
                 order = np.random.default_rng(0).permutation(len(cases))
-                cases = [cases[i] for i in sorted(order[:max(1, round(data_fraction * len(cases)))])]
+                cases = [cases[i] for i in sorted(order[:left])]
             if cases:
                 self.cases[name] = cases
                 self.slices[name] = np.array([(i, k) for i, c in enumerate(cases) for k in c.foreground], np.int32)
@@ -916,7 +924,11 @@ class Episodes(torch.utils.data.Dataset):
             if self.empty_slices and rng.random() < self.empty_slices:
                 k = int(rng.integers(cases[at].slices))
             chosen = [self.draw_prompt(cases, at, k, rng) for _ in range(prompts)] + [(cases[at], k)]
-            pairs = [self.crop(*case.read(k), group, rng) for case, k in chosen]
+            try:
+                pairs = [self.crop(*case.read(k), group, rng) for case, k in chosen]
+            except Exception as error:  # whatever a damaged store brings about
+                raise DataError(f"sample {key[1]} of step {key[0]} cannot be read, {name} {', '.join(f'{c.name} slice {i}' for c, i in chosen)}: "
+                                f"{type(error).__name__}: {error}") from error
             images, labels, valid = (torch.stack([p[j] for p in pairs])[:, None] for j in range(3))
             if self.augment and rng.random() < self.augment:
                 images, labels, valid = augment(images, labels, valid, group, rng)
@@ -995,17 +1007,18 @@ def augment(images, labels, valid, colored, rng):
 
 
 class Steps:
-    """The batch sampler of one rank: for every step from `start` on, its share of the global batch."""
+    """The batch sampler of one rank: for every step from `start` on, its share of the global batch, in `parts` batches."""
 
-    def __init__(self, start, stop, batch, rank=0, ranks=1):
-        self.start, self.stop, self.batch, self.rank, self.ranks = start, stop, batch, rank, ranks
+    def __init__(self, start, stop, batch, rank=0, ranks=1, parts=1):
+        self.start, self.stop, self.batch, self.parts, self.rank, self.ranks = start, stop, batch, parts, rank, ranks
 
     def __len__(self):
-        return max(0, self.stop - self.start)
+        return max(0, self.stop - self.start) * self.parts
 
     def __iter__(self):
         for step in range(self.start, self.stop):
-            yield [(step, i) for i in range(self.rank * self.batch, (self.rank + 1) * self.batch)]
+            for part in range(self.rank * self.parts, (self.rank + 1) * self.parts):
+                yield [(step, i) for i in range(part * self.batch, (part + 1) * self.batch)]
 
 
 def prompt_cases(cases, target, nearest=16):

@@ -526,13 +526,18 @@ def pick_device(name=None, local_rank=0):
 
 
 def save(path, model, **state):
-    """Write a checkpoint: weights, config, meta and whatever `state` holds, to a temporary file that is then renamed."""
+    """Write a checkpoint: weights, config, meta and whatever `state` holds, to a temporary file that is then renamed.
+
+    Raises OSError where it cannot be written; the file that was there before is then as it was.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
         torch.save({"mvg": 1, "config": asdict(model.config), "meta": model.meta, "model": model.state_dict(), **state},
                    temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0][:100]}): is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -223,7 +223,18 @@ def test_a_single_case_prompts_itself_and_is_never_held_out(tmp_path):
 def test_data_fraction_keeps_at_least_one_case(store):
     whole, part = data.Episodes(store, 64, 8, 8), data.Episodes(store, 64, 8, 8, data_fraction=0.01)
     assert all(len(c) == 1 for c in part.cases.values()) and len(part) < len(whole)
-    assert part.cases == data.Episodes(store, 64, 8, 8, seed=9, data_fraction=0.01).cases
+    assert part.cases == data.Episodes(store, 64, 8, 8, seed=9, data_fraction=0.01).cases == data.Episodes(store, 64, 8, 8, seed=3, few=1).cases
+    two = data.Episodes(store, 64, 8, 8, few=2)
+    assert all(len(c) == 2 and set(map(id, part.cases[n])) < set(map(id, c)) for n, c in two.cases.items())
+
+
+def test_held_out_patients_are_not_drawn(store):
+    whole, part = data.Episodes(store, 64, 8, 8), data.Episodes(store, 64, 8, 8, held_out=1)
+    for name, cases in whole.cases.items():
+        held, patients = {c.patient for c in part.held[name]}, {c.patient for c in cases}
+        assert len(held) == (len(patients) >= 5) and {c.patient for c in part.cases[name]} == patients - held
+        assert len(part.held[name]) + len(part.cases[name]) == len(cases)
+    assert not any(whole.held.values()) and any(part.held.values())
 
 
 # ---- geometry and intensity

@@ -2,10 +2,15 @@
 
 import json
 import os
+import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -109,6 +114,167 @@ def test_loader_workers_change_nothing(store, tmp_path):
     assert equal(run(store, tmp_path / "a", "--steps", "2"), run(store, tmp_path / "b", "--steps", "2", "--workers", "1"))
 
 
+def test_accumulated_batches_are_one_batch_and_so_is_what_is_computed_again(store, tmp_path):
+    whole = run(store, tmp_path / "a", "--steps", "3", "--batch_size", "4")
+    parts = run(store, tmp_path / "b", "--steps", "3", "--accumulate", "2")  # of 2
+    again = run(store, tmp_path / "c", "--steps", "3", "--batch_size", "4", "--recompute")
+    other = run(store, tmp_path / "d", "--steps", "3")
+    apart = lambda a, b: max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters()))
+    assert apart(whole, parts) < 2e-4 < 2e-3 < apart(whole, other) and apart(whole, again) == 0
+    logs = [[json.loads(l)["losses"] for l in open(tmp_path / n / "log.jsonl")] for n in "ab"]
+    for a, b in zip(*logs):
+        assert a.keys() == b.keys() and all(a[o] == pytest.approx(b[o], rel=1e-2) for o in a)
+
+
+# ---- it survives
+
+def weights(path):
+    return mvg.load_checkpoint(path)["model"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(store, tmp_path, monkeypatch, capsys):
+    """Files may not grow beyond a limit from step 3 on, to step 5 or to the end."""
+    rate, free = train.learning_rate, resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole, until = run(store, tmp_path / "whole", "--steps", "6", "--save_every", "2"), [5]
+
+    def limited(step, *rest):
+        if step in (2, until[0]):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20 if step == 2 else free[0], free[1]))
+        return rate(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", limited)
+    again = run(store, tmp_path / "a", "--steps", "6", "--save_every", "2")
+    said = capsys.readouterr().out
+    assert "is the disk full?; last.pt holds step 2 as before" in said and equal(whole, again)
+    assert mvg.load_checkpoint(tmp_path / "a" / "last.pt")["step"] == 6 and not list((tmp_path / "a").glob("*.tmp*"))
+    until[0] = 99
+    try:
+        with pytest.raises(data.DataError, match="last.pt holds step 2 of 6; free some space, then --resume"):
+            run(store, tmp_path / "b", "--steps", "6", "--save_every", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert equal(whole, train.main(["--resume", str(tmp_path / "b" / "last.pt")]))
+    assert [json.loads(l)["step"] for l in open(tmp_path / "b" / "log.jsonl")] == [2, 4, 6]
+
+
+def test_what_a_loader_process_cannot_read_is_named(store, tmp_path, capsys):
+    shutil.copytree(store.root, tmp_path / "store")
+    bad = next((tmp_path / "store" / "acdc").glob("*/image.npy"))
+    bad.write_bytes(b"\0" * bad.stat().st_size)  # as long as it was
+    said = failure(capsys, train.main, "--store", tmp_path / "store", "--datasets", "acdc", "--out", tmp_path / "r", *SMALL, "--steps", 40, "--workers", 1)
+    assert re.search(r"sample \d of step \d+ cannot be read, acdc \w+ slice \d+, \w+ slice \d+: ValueError: ", said), said
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_its_case_named(store, tmp_path, monkeypatch, capsys):
+    draw, spoilt = data.Episodes.__getitem__, []
+
+    def spoil(self, key):
+        sample = draw(self, key)
+        if key == (1, 1):
+            sample["images"][0, 0, 0, 0] = float("nan")
+            spoilt.append(self.describe(sample["dataset"], sample["case"], sample["slice"]))
+        return sample
+
+    monkeypatch.setattr(data.Episodes, "__getitem__", spoil)
+    model = run(store, tmp_path / "r", "--steps", "4")
+    assert re.findall("not finite: (.*)", capsys.readouterr().out) == spoilt[:1]  # the sample grid draws it again
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert [json.loads(l)["skipped"] for l in open(tmp_path / "r" / "log.jsonl")] == [1, 0]
+
+
+def test_nothing_waits_for_the_device_between_logging_steps(store, tmp_path, monkeypatch):
+    """On the meta device, which has shapes and no contents, whatever needs a value raises: the first logging step does, not one before."""
+    steps = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(mvg, "pick_device", lambda *a: (torch.device("meta"), "no contents"))
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, fused, **k: adamw(*a, **k, capturable=False, foreach=False))  # the fused one knows no meta tensors
+    monkeypatch.setattr(train, "update", lambda optimizers, broken: steps.append(broken.device.type))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        run(store, tmp_path / "r", "--steps", "9", "--log_every", "7", "--num_prompts", "1-2", "--accumulate", "2")
+    assert steps == ["meta"] * 7
+
+
+def killed_and_resumed(store, out, ranks, kills, steps, rng):
+    """Run train.py, killed (SIGKILL to all of its processes) after random times and resumed, to its end; how often it was killed."""
+    base = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []), str(ROOT / "train.py")]
+    fresh = ["--store", str(store.root), *SMALL, "--steps", str(steps), "--log_every", "1", "--save_every", "1", "--out", str(out), "--device", "cpu"]
+    done = 0
+    while True:
+        argv = ["--resume", "--out", str(out)] if (out / "last.pt").exists() else fresh
+        log = out / "log.jsonl"
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        process = subprocess.Popen([*base, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done < kills:  # some moment after it began to work
+            while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > before):
+                time.sleep(0.02)
+            time.sleep(rng.random() * 0.8)
+        if done < kills and process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            subprocess.run(["pkill", "-KILL", "-f", str(out)])  # the ranks have sessions of their own
+            done += 1
+            continue
+        assert process.wait() == 0, process.stderr.read().decode()[-2000:]
+        return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_kill_9_at_ten_random_moments(store, tmp_path, ranks):
+    """The log has no gap and no repeated step, and the weights are those of a run that was not killed, bit for bit."""
+    killed_and_resumed(store, tmp_path / "whole", ranks, 0, 60, None)
+    assert killed_and_resumed(store, tmp_path / "killed", ranks, 10, 60, random.Random(ranks)) == 10
+    logs = [[json.loads(l) for l in open(tmp_path / n / "log.jsonl")] for n in ("whole", "killed")]
+    assert [l["step"] for l in logs[1]] == list(range(1, 61))
+    assert [l["losses"] for l in logs[0]] == [l["losses"] for l in logs[1]]
+    whole, killed = weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "killed" / "last.pt")
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+    if ranks == 2:
+        with pytest.raises(data.DataError, match="trained on 2 processes, now 1"):
+            train.main(["--resume", str(tmp_path / "killed" / "last.pt"), "--steps", "61"])
+
+
+def torchrun(store, out, *argv):
+    """train.py on two ranks, and the process ids of the ranks once the log has a line."""
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), "--store", str(store.root),
+                            *SMALL, "--steps", "100000", "--save_every", "1000", "--device", "cpu", "--out", str(out), *argv],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.1)
+    return run, [int(p) for p in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()]
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_once_and_ends_all_ranks(store, tmp_path):
+    run, ranks = torchrun(store, tmp_path / "r")
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    log = [json.loads(l) for l in open(tmp_path / "r" / "log.jsonl")]
+    assert len(ranks) == 2 and not any(data.alive(p) for p in ranks)
+    assert log[-1]["stopped"] and mvg.load_checkpoint(tmp_path / "r" / "last.pt")["step"] == log[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", ("killed", "error"))
+def test_a_rank_that_dies_ends_the_others_within_a_minute(store, tmp_path, death):
+    shutil.copytree(store.root, tmp_path / "store")
+    run, ranks = torchrun(data.Store(tmp_path / "store"), tmp_path / "r", "--datasets", "acdc")
+    start = time.time()
+    if death == "killed":
+        os.kill(ranks[1], signal.SIGKILL)
+    else:
+        for bad in (tmp_path / "store" / "acdc").glob("*/image.npy"):
+            bad.unlink()
+    said = run.communicate(timeout=60)[0]
+    print(f"{death}: {time.time() - start:.1f} s")
+    assert run.returncode != 0 and not any(data.alive(p) for p in ranks)
+    assert ("Signal 9 (SIGKILL)" if death == "killed" else "cannot be read, acdc ") in said
+
+
 def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(store, tmp_path):
     run(store, tmp_path / "r", "--steps", "2", "--stop_at", "1")
     with pytest.raises(data.DataError, match="already holds a run"):
@@ -138,8 +304,59 @@ def test_finetuning_starts_from_a_model_and_its_recipe(store, tmp_path):
     assert equal(whole, train.main(["--resume", str(tmp_path / "d" / "last.pt")])) and not equal(whole, first)
     with pytest.raises(data.DataError, match="drop --model"):
         train.parse([*argv, "--model", "tiny"])
+    with pytest.raises(data.DataError, match="drop --init"):
+        train.parse([*argv, "--init", "mae.pth"])
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         train.parse(["--finetune", str(tmp_path / "no.pt")])
+
+
+def test_a_vits_weights_come_in_and_lower_blocks_learn_less(store, tmp_path):
+    model = mvg.build("demo", 32)
+    names = {"embed.weight": "patch_embed.proj.weight", "embed.bias": "patch_embed.proj.bias"}
+    state = {names.get(k, k.replace("mlp.0", "mlp.fc1").replace("mlp.2", "mlp.fc2")): v for k, v in model.state_dict().items() if k.startswith(("blocks.", "embed."))}
+    state["pos_embed"] = model.position.flatten(2).transpose(1, 2)
+    torch.save({"model": state}, tmp_path / "vit.pth")
+    same = run(store, tmp_path / "r", "--steps", "1", "--init", str(tmp_path / "vit.pth"), "--lr", "1e-12")
+    assert all(torch.allclose(a, b) for a, b in zip(model.blocks.parameters(), same.blocks.parameters()))
+    head = [next(p for p in m.head.parameters() if p.ndim == 4) for m in (model, same)]
+    assert not torch.allclose(*head)
+    for optimizer in ("adamw", "muon"):
+        args = train.parse(["--init", "vit.pth", "--optimizer", optimizer])[0]
+        scale = {id(p): g["scale"] for o in train.make_optimizers(model, args) for g in o.param_groups for p in g["params"]}
+        assert len(scale) == len(list(model.parameters()))
+        assert scale[id(head[0])] == 1 == scale[id(model.role)]
+        assert [scale[id(b.attn.qkv.weight)] for b in model.blocks] == pytest.approx([0.8 ** (8 - i) for i in range(8)])
+        assert scale[id(model.embed.weight)] == scale[id(model.position)] == pytest.approx(0.8 ** 9)
+    assert {g["scale"] for o in train.make_optimizers(model, train.parse([])[0]) for g in o.param_groups} == {1.0}
+
+
+def test_validation_scores_held_out_cases_and_keeps_the_best(store, tmp_path, monkeypatch):
+    scores = iter([0.2, 0.5, 0.3])
+    monkeypatch.setattr(train, "validate", lambda *a: {"acdc": next(scores)})
+    run(store, tmp_path / "r", "--steps", "6", "--save_every", "2", "--validate_cases", "1")
+    monkeypatch.undo()
+    best, last = (mvg.load_checkpoint(tmp_path / "r" / f"{n}.pt") for n in ("best", "last"))
+    assert (best["step"], best["score"], last["step"], last["best"]) == (4, 0.5, 6, 0.5)
+    about = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert about["held_out"] and all(set(cases) < set(about["splits"][n]["train"]) for n, cases in about["held_out"].items())
+    with pytest.raises(data.DataError, match="validate_cases 1, now 0"):
+        train.main(["--resume", str(tmp_path / "r" / "last.pt"), "--steps", "8", "--validate_cases", "0"])
+    episodes = data.Episodes(store, 32, 8, 8, held_out=1)
+    model, cpu = mvg.load(tmp_path / "r" / "last.pt"), torch.device("cpu")
+    real = train.validate(model, episodes, cpu, 0, 1, 0)
+    assert set(real) == {n for n, held in episodes.held.items() if held} and all(0 <= v <= 1 for v in real.values())
+    assert real == train.validate(model, episodes, cpu, 0, 1, 0)
+
+
+def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(store, tmp_path, capsys):
+    run(store, tmp_path / "r", "--dry_run", "--epochs", "2", "--accumulate", "2")
+    said = capsys.readouterr().out
+    slices = sum(len(c.foreground) for n in store.datasets for c in store.split(n, "train"))
+    assert not (tmp_path / "r").exists() and f"{round(2 * slices / 4)} steps of 1 x 2 x 2 samples" in said
+    shares = [float(v) for v in re.findall(r" (\d+\.\d)% ", said)]
+    assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=0.5)
+    for words in ("TFLOP a sample", "GB a process at the peak", "s a step (mean of 10)", "an epoch"):
+        assert words in said
 
 
 def test_the_run_folder(store, tmp_path):
@@ -228,6 +445,7 @@ def test_torchrun_and_python_are_the_same_code(store, tmp_path):
     """Two ranks of batch 1 log the losses of one process of batch 2."""
     common = [str(ROOT / "train.py"), "--store", str(store.root), *SMALL, "--steps", "4", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    common += ["--validate_cases", "1"]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common,
                     "--batch_size", "1", "--out", str(tmp_path / "two")], check=True, capture_output=True, env=environment)
     subprocess.run([sys.executable, *common, "--out", str(tmp_path / "one")], check=True, capture_output=True, env=environment)
@@ -235,6 +453,7 @@ def test_torchrun_and_python_are_the_same_code(store, tmp_path):
     for a, b in zip(two, one):
         assert a["step"] == b["step"] and a["losses"].keys() == b["losses"].keys()
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert two[-1]["validation"].keys() == one[-1]["validation"].keys() and two[-1]["validation"] == pytest.approx(one[-1]["validation"], abs=0.02)
 
 
 # ---- the command line
@@ -269,6 +488,8 @@ def test_bad_training_input_gets_one_line(stand_ins, store, tmp_path, capsys):
         (["--store", store.root, "--num_prompts", "4-1"], "range such as 1-4"),
         (["--store", store.root, "--mask_ratio", "1.5"], "at most 1"),
         (["--store", store.root, "--steps", "0"], "--steps is 0"),
+        (["--store", store.root, "--cases", "0"], "--cases is 0"),
+        (["--store", store.root, "--model", "demo", "--init", tmp_path / "no.pt"], "no ViT's state dict"),
         (["--store", store.root, "--seed", "-1"], "--seed is -1"),
         (["--store", store.root, "--num_prompts", "1-2-3"], "range such as 1-4"),
         (["--store", store.root, "--image_size", "100", "--model", "tiny"], "multiple of the patch size"),
