@@ -1,31 +1,56 @@
 """Score a checkpoint on every dataset found, by the paper's protocol: one prompt, the matching slice of a random training case.
 
-    python eval.py --data_root DIR --checkpoint runs/mvg/last.pt
+    python eval.py --data_root DIR --checkpoint runs/mvg/last.pt [--wrong_prompt]
+    torchrun --nproc_per_node=8 eval.py --data_root DIR --checkpoint runs/mvg/last.pt        the same table, sooner
+    python eval.py --compare unified=runs/a isolated=runs/b,runs/c                             finished runs side by side
 
 Segmentation: IoU and Dice of every foreground class over a case's slices (the volume at once), averaged over the classes of
 a case, then over cases; a class absent from truth and prediction is skipped. Image tasks: MAE, PSNR, SSIM a slice on
-[0, 1], averaged over slices, then over cases. Detection: boxes are read back from the painted image; IoU of every true box
-with the best of them. Beside every score stands that of copying (the prompt's label, or the input; for detection the
-prompt's boxes) and, with --wrong_prompt, that of a prompt from another dataset; intervals are bootstrapped over patients.
+[0, 1], averaged over slices, then over cases; where the truth is known in part only (inpainting), there. Detection: boxes are
+read back from the painted image; IoU of every true box with the best of them. Beside every score stands that of copying (the
+prompt's label, or the input; for detection the prompt's boxes) and, with --wrong_prompt, those of prompts that should be of no
+use; intervals are bootstrapped over patients.
 
-Writes results.json, cases.csv (a line a case and class) and examples.png into --out, and prints a table.
+Written into --out: scores.jsonl, a line a case as it is scored (a stopped evaluation goes on from there), then results.json,
+cases.csv (a line a case, prompt and class), tables.md (with the paper's Tables 2 and 3), scores.png, examples.png (the median
+case of every dataset) and examples/ (its worst, median and best).
 """
 
 import argparse
 import csv
+import json
+import os
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import infer
 import mvg
+import readers
+import unet
 from data import DataError
+
+WRONG = {"other_class": "other class", "other_dataset": "other dataset", "empty": "empty"}  # prompts that should be of no use
+MAIN = ("mIoU", "box_IoU", "PSNR")  # what a dataset is known by, the first it has
+
+# The paper's Tables 2 (mIoU) and 3 (MAE, PSNR, SSIM each). *: with 64 examples.
+TABLE_2 = ("amos_ct", "word", "btcv", "amos_mri", "microsegnet", "promise12", "chest_xray", "acdc", "la")
+PAPER_2 = {"ResNet-18": "0.55 0.50 0.51 0.53 0.67 0.75 0.62 0.69 0.68", "UNet": "0.81 0.83 0.82 0.81 0.90 0.91 0.89 0.86 0.83",
+           "VNet": "0.70 0.75 0.72 0.73 0.90 0.89 0.86 0.87 0.84", "TranUNet": "0.80 0.82 0.84 0.82 0.94 0.90 0.88 0.88 0.84",
+           "nnUNet": "0.87 0.90 0.91 0.88 0.97 0.93 0.90 0.90 0.89", "UniverSeg*": "0.20 0.29 0.37 0.25 0.71 0.55 0.55 0.54 0.57",
+           "Painter": "0.52 0.48 0.45 0.51 0.69 0.68 0.50 0.52 0.55", "LVM": "0.12 0.14 0.10 0.15 0.36 0.30 0.10 0.12 0.13",
+           "SegGPT": "0.66 0.66 0.65 0.71 0.88 0.75 0.68 0.70 0.71", "MVG": "0.73 0.74 0.73 0.74 0.91 0.85 0.79 0.85 0.81"}
+TABLE_3 = ("brats_gli", "brats_local", "ldct")
+PAPER_3 = {"ResNet-18": "0.026 20.984 0.860 0.008 30.981 0.959 0.022 30.519 0.709", "Pix2Pix": "0.018 24.311 0.899 0.008 34.891 0.982 0.020 33.011 0.730",
+           "TranUNet": "0.016 25.541 0.938 0.005 35.561 0.989 0.016 33.999 0.761", "Painter": "0.021 24.031 0.920 0.006 33.595 0.978 0.020 33.104 0.721",
+           "MVG": "0.019 24.721 0.929 0.006 34.521 0.981 0.018 33.521 0.731"}
 
 MAX_PSNR = 100.0  # dB, stands for infinity where two slices are equal, so that means stay numbers
 
@@ -152,19 +177,37 @@ def read_slices(case, numbers):
     return np.stack(images), np.stack(labels), None if valid[0] is None else np.stack(valid)
 
 
-def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="auto", others=()):
-    """Predict the kept slices of a case and copy its prompt; all that `score` and the figure need, (K, H, W) each.
+def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="auto", others=(), wrong=False):
+    """Predict the kept slices of a case and copy its prompt; all that `score` and the figures need, (K, H, W) each.
 
-    The prompt is drawn from (seed, case), whatever other cases are scored. others: cases of other datasets, of which one is a
-    wrong prompt.
+    The prompt is drawn from (seed, case), whatever other cases are scored. wrong: also answer prompts that should be of no use: of a case of
+    another dataset (one of `others`), with every class called the next one, and without any answer (no class; a black image). A U-Net takes no prompt.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{dataset.name}/{case.name}".encode())])
     prompt = data.evaluation_prompt(training, case, rng, slices)
-    images, truth, valid = read_slices(case, case.kept(slices))
-    prompt_images, prompt_labels, _ = read_slices(prompt, prompt.kept(slices))
-    if dataset.colored:
-        truth, prompt_labels = truth.astype(np.uint8), prompt_labels.astype(np.uint8)
-    prediction = infer.predict_stack(model, [(prompt_images, prompt_labels)], images, dataset.colored, mode, votes, seed, dataset.name)
+    pick = (lambda labels: labels.astype(np.uint8)) if dataset.colored else (lambda labels: labels)
+
+    def pair(case):
+        images, labels, valid = read_slices(case, case.kept(slices))
+        return images, pick(labels), valid
+
+    def ask(prompt_images, prompt_labels):
+        return infer.predict_stack(model, [(prompt_images, prompt_labels)], images, dataset.colored, mode, votes, seed, dataset.name)
+
+    images, truth, valid = pair(case)
+    prompt_images, prompt_labels, _ = pair(prompt)
+    specialist = isinstance(model, unet.UNet)
+    answers = {"prediction": unet.predict_stack(model, images) if specialist else ask(prompt_images, prompt_labels)}
+    if others:
+        answers["other_dataset"] = ask(*pair(others[rng.integers(len(others))])[:2])
+    if wrong and not specialist:
+        classes = np.unique(prompt_labels)[1:] if dataset.colored else ()
+        if len(classes) > 1:
+            following = np.arange(256, dtype=np.uint8)
+            following[classes] = np.roll(classes, -1)
+            answers["other_class"] = ask(prompt_images, following[prompt_labels])
+        answers["empty"] = (answer_without_label(model, prompt_images, classes, images, votes, mode, seed, dataset.name) if dataset.colored
+                            else ask(prompt_images, np.zeros_like(prompt_labels)))
     side = (model.config.image_size,) * 2
     seen = data.resize_images(data.resize_images(torch.from_numpy(images), side), images.shape[1:]).numpy()  # as sharp as an answer
     matched = [data.matching_slice(k, len(images), len(prompt_images)) for k in range(len(images))]
@@ -173,13 +216,19 @@ def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="
     if dataset.task == "detection":  # the prompt's lines laid over the image
         lines = torch.from_numpy(np.clip(prompt_labels - prompt_images, 0, 1))
         copied = (seen + data.resize_images(lines, images.shape[1:]).numpy()).clip(0, 1)
-    wrong = None
-    if others:
-        wrong_images, wrong_labels, _ = read_slices(other := others[rng.integers(len(others))], other.kept(slices))
-        wrong_labels = wrong_labels.astype(np.uint8) if dataset.colored else wrong_labels
-        wrong = infer.predict_stack(model, [(wrong_images, wrong_labels)], images, dataset.colored, mode, votes, seed, dataset.name)
-    return {"prediction": prediction, "copy": copied, "wrong": wrong, "truth": truth, "images": images, "seen": seen, "boxes": case.index["boxes"],
+    return {**answers, "copy": copied, "truth": truth, "images": images, "seen": seen, "boxes": case.index["boxes"],
             "prompt_images": prompt_images, "prompt_labels": prompt_labels, "valid": valid, "prompt": prompt.name}
+
+
+def answer_without_label(model, prompt_images, classes, images, votes, mode, seed, name):
+    """What a model paints for classes that its prompt, a middle slice, does not show: (K, H, W) uint8."""
+    side, answer = (model.config.image_size,) * 2, np.zeros(images.shape, np.uint8)
+    shown = data.resize_images(torch.from_numpy(prompt_images[len(prompt_images) // 2])[None, None], side)
+    for k in range(0, len(images), infer.BATCH):
+        x = data.resize_images(torch.from_numpy(images[k:k + infer.BATCH])[:, None], side)
+        fit = infer.segment(model, shown, torch.zeros(shown.shape, dtype=torch.long), x, classes.tolist(), mode, votes, seed, name)
+        answer[k:k + infer.BATCH] = np.array([0, *classes], np.uint8)[data.resize_images(fit, images.shape[1:]).argmax(1).numpy()]
+    return answer
 
 
 def score(prediction, case, dataset):
@@ -238,6 +287,7 @@ def interval(values, patients, draws=2000):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# All cases
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -245,88 +295,310 @@ def main(argv=None):
     add("--data_root", help="folder that holds the datasets as they were downloaded")
     add("--store", help="prepared store (default: store/<name of data_root>-<hash>)")
     add("--checkpoint", help="what train.py wrote (default: checkpoints/*.pt, else the newest runs/*/last.pt)")
-    add("--out", help="folder for results.json, cases.csv, examples.png (default: eval/ beside the checkpoint)")
+    add("--out", help="folder for what is written (default: eval/ beside the checkpoint)")
     add("--datasets", nargs="+", metavar="NAME", help="only these (default: every dataset found)")
     add("--brats_pairs", nargs="+", metavar="FROM:TO", help="what BraTS-GLI translates, of t1n t1c t2w t2f (default: t1c:t2w t2w:t1c)")
     add("--split", default="test", choices=("test", "train", "all"), help="cases to score; prompts are training cases of other patients")
-    add("--wrong_prompt", action="store_true", help="also score a prompt from another dataset of the same kind, which should be worse")
+    add("--wrong_prompt", action="store_true", help="also score prompts that should be of no use: of another class, of another dataset, empty")
     add("--max_cases", type=int, help="at most so many cases a dataset")
     add("--slices", default="foreground", choices=("foreground", "all"), help="foreground: slices whose truth has some (paper silent)")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained (ours: ar for segmentation, canvas for images)")
     add("--votes", type=int, help="colorings (binary: views) averaged (paper: 1; default: 8 where training knew such views, else 1)")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
+    add("--compare", nargs="+", metavar="NAME=RUN[,RUN]", help="score nothing, put finished runs side by side (their eval/results.json); several of one name are one column")
     args = p.parse_args(argv)
+    if args.compare:
+        return compare(args.compare, args.out)
     for name in ("votes", "max_cases"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise DataError(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if args.seed < 0:
         raise DataError(f"--seed is {args.seed}: it must not be below 0")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    say = print if rank == 0 else lambda *a: None
     checkpoint = Path(args.checkpoint or infer.find_checkpoint())
-    device, reason = mvg.pick_device(args.device)
-    model = mvg.load(checkpoint, device)
-    store = data.open_store(args.data_root, args.store, args.datasets, args.brats_pairs)
+    device, reason = mvg.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    model = unet.load(checkpoint, device)
+    store = data.open_store(args.data_root, args.store, args.datasets, args.brats_pairs) if rank == 0 else None
+    if ranks > 1:  # the others find it prepared
+        dist.broadcast_object_list(found := [store and list(store.datasets)])
+        store = store or data.Store(args.store or data.default_store(args.data_root), *found)
     out = Path(args.out) if args.out else checkpoint.parent / "eval"
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"checkpoint {checkpoint}, device {device} ({reason})")
+    say(f"checkpoint {checkpoint}, device {device} ({reason})")
 
-    results, examples, rows, started = {}, [], [], time.time()
-    for name, dataset in store.datasets.items():
-        training = [c for c in store.split(name, "train") if c.kept(args.slices)]
+    # ---- what is to be scored, and what was before
+    training, todo = {}, {}
+    for name in store.datasets:
+        training[name] = [c for c in store.split(name, "train") if c.kept(args.slices)]
         cases = store.cases[name] if args.split == "all" else store.split(name, args.split)
-        cases = [c for c in cases if c.kept(args.slices) and any(t.patient != c.patient and t.kind == c.kind for t in training)]
-        cases = cases[:args.max_cases]
+        cases = [c for c in cases if c.kept(args.slices) and any(t.patient != c.patient and t.kind == c.kind for t in training[name])]
         if not cases:
-            print(f"{name}: not scored, it has no {args.split} case with a training case of another patient")
-            continue
-        others = [c for n, d in store.datasets.items() if args.wrong_prompt and n != name and d.colored == dataset.colored
-                  for c in store.split(n, "train") if c.kept(args.slices)]
-        scores = {"prediction": [], "copy": [], **({"wrong": []} if others else {})}
-        for i, case in enumerate(tqdm(cases, desc=name, unit="case", disable=None, leave=False)):
-            answer = answer_case(model, case, training, dataset, args.slices, args.seed, args.votes, args.mode, others)
-            for what in scores:
-                scores[what].append(score(answer[what], answer, dataset))
-            rows += [[name, case.name, answer["prompt"], part, *values] for part, values in scores["prediction"][-1].items()]
-            if i == len(cases) // 2:
-                examples.append((name, dataset, answer))
-        patients = [c.patient for c in cases]
-        means = {what: summary(s, patients, dataset) for what, s in scores.items()}
-        results[name] = {"task": dataset.task, "cases": len(cases), "patients": len(set(patients)), **means.pop("prediction"), **means}
+            say(f"{name}: not scored, it has no {args.split} case with a training case of another patient")
+        todo |= {(name, c.name): c for c in cases[:args.max_cases]}
+    about = {"checkpoint": str(checkpoint), "modified": checkpoint.stat().st_mtime, "store": str(store.root), "slices": args.slices, "seed": args.seed,
+             "votes": args.votes, "mode": args.mode, "wrong_prompt": args.wrong_prompt}
+    ledger, done = out / "scores.jsonl", {}
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        before = read_ledger(ledger, about) or {}  # also leaves half a line behind
+        ledger.write_text("".join(json.dumps(line) + "\n" for line in (about, *before.values())))
+    if ranks > 1:
+        dist.barrier()
+    done = read_ledger(ledger, about)
+    left = [key for key in todo if "scores" not in done.get(key, ())]
+    if len(left) < len(todo):
+        say(f"{len(todo) - len(left)} of {len(todo)} cases were scored before")
+    if ranks > 1:
+        dist.barrier()
 
-    data.write_json(out / "results.json", {"datasets": results, "checkpoint": str(checkpoint), "split": args.split, "slices": args.slices,
-                                           "seed": args.seed, "votes": args.votes, "mode": args.mode, "seconds": round(time.time() - started, 1)})
-    with open(out / "cases.csv", "w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["dataset", "case", "prompt", "part", "IoU or MAE", "Dice, PSNR or hit rate", "SSIM or false boxes"])
-        writer.writerows(rows)
+    # ---- score, case by case
+    def others(name):
+        return [c for n, d in store.datasets.items() if args.wrong_prompt and n != name and d.colored == store.datasets[name].colored for c in training[n]]
+
+    start = time.time()
+    for name, case_name in tqdm(left[rank::ranks], unit="case", disable=None if rank == 0 else True, leave=False):
+        case, dataset, line = todo[name, case_name], store.datasets[name], {"dataset": name, "case": case_name}
+        try:
+            answer = answer_case(model, case, training[name], dataset, args.slices, args.seed, args.votes, args.mode, others(name), args.wrong_prompt)
+            kinds = [k for k in ("prediction", "copy", *WRONG) if k in answer]
+            line |= {"patient": case.patient, "prompt": answer["prompt"], "scores": {k: score(answer[k], answer, dataset) for k in kinds}}
+        except (ValueError, OSError, RuntimeError) as error:
+            line["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"{name} {case_name} could not be scored: {line['error']}", flush=True)
+        with open(ledger, "a") as file:  # one write a line, so that processes do not mix theirs
+            file.write(json.dumps(line) + "\n")
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank:
+        return None
+
+    # ---- tables and figures
+    done = read_ledger(ledger, about)
+    results = {name: tabulate([done[key] for key in todo if key[0] == name], dataset) for name, dataset in store.datasets.items() if any(key[0] == name for key in todo)}
+    settings = mvg.load_checkpoint(checkpoint).get("settings", {})
+    data.write_json(out / "results.json", {"datasets": results, **about, "split": args.split, "training": settings, "seconds": round(time.time() - start, 1)})
+    write_csv(out / "cases.csv", [done[key] for key in todo], store.datasets)
+    text = table(results) + "\n\n" + paper_tables(results, str(checkpoint))
+    (out / "tables.md").write_text(text + "\n")
     print(table(results))
-    draw_examples(out / "examples.png", examples)
-    print(f"wrote {out / 'results.json'}, {out / 'cases.csv'}, {out / 'examples.png'}")
+    for name, r in results.items():
+        for kind in r.get("ignored", ()):
+            print(f"{name}: the score does not fall with a prompt that is wrong ({WRONG[kind]}): the model ignores its prompt, or has nothing to lose")
+    draw_scores(out / "scores.png", results)
+    draw_examples(out, results, lambda name, case: answer_case(model, todo[name, case], training[name], store.datasets[name], args.slices, args.seed, args.votes, args.mode),
+                  store.datasets)
+    bad = sum(r["failed"] for r in results.values())
+    print(f"wrote {', '.join(str(out / n) for n in ('results.json', 'cases.csv', 'tables.md', 'scores.png', 'examples.png'))}"
+          + (f"; {bad} cases could not be scored" if bad else ""))
     return results
 
 
+def read_ledger(path, about):
+    """{(dataset, case): its last whole line} of an evaluation with the same settings; None where there is none."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        if json.loads(lines[0]) != about:
+            return None
+    except (OSError, ValueError, IndexError):
+        return None
+    lines = [json.loads(l) for l in lines[1:] if l.endswith("\n")]
+    return {(l["dataset"], l["case"]): l for l in lines}
+
+
+def tabulate(lines, dataset):
+    """What the lines of a dataset's cases come to: `summary` of the prediction, and of each other kind under its name; "ignored" names wrong prompts
+    that do not cost anything (95% of the differences, over patients, reach down to 0)."""
+    scored = [l for l in lines if "scores" in l]
+    patients, result = [l["patient"] for l in scored], {"task": dataset.task, "cases": len(scored), "patients": len({l["patient"] for l in scored}), "failed": len(lines) - len(scored)}
+    for kind in (k for k in ("prediction", "copy", *WRONG) if any(k in l["scores"] for l in scored)):
+        means = summary([l["scores"].get(kind, {}) for l in scored], patients, dataset)
+        result |= means if kind == "prediction" else {kind: means}
+    metric = next((m for m in MAIN if m in result), None)
+    value = lambda l, kind: case_score(l["scores"].get(kind), dataset)
+    ranked = [(l["case"], value(l, "prediction")) for l in scored]
+    result["ranked"] = sorted((r for r in ranked if not np.isnan(r[1])), key=lambda r: r[1])
+    result["ignored"] = []
+    for kind in WRONG if metric else ():
+        both = [(value(l, "prediction") - value(l, kind), l["patient"]) for l in scored if kind in l["scores"]]
+        both = [(d, p) for d, p in both if not np.isnan(d)]
+        if both and (interval(*zip(*both)) or [np.mean([d for d, _ in both])])[0] <= 0:
+            result["ignored"].append(kind)
+    return result
+
+
+def case_score(scores, dataset):
+    """The number by which cases are ranked, larger is better: mIoU, box IoU or PSNR; nan where there is nothing to score."""
+    if not scores:
+        return float("nan")
+    return float(np.mean([v[0] for v in scores.values()])) if dataset.colored else scores["boxes"][0] if dataset.task == "detection" else scores["image"][1]
+
+
+def write_csv(path, lines, datasets):
+    names = {"class": ("IoU", "Dice"), "image": ("MAE", "PSNR", "SSIM"), "boxes": ("box_IoU", "hit_rate", "false_boxes")}
+    with open(path, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, ["dataset", "case", "patient", "prompt", "kind", "part", *(m for group in names.values() for m in group), "error"])
+        writer.writeheader()
+        for l in lines:
+            about = {k: l.get(k, "") for k in ("dataset", "case", "patient", "prompt", "error")}
+            for kind, parts in l.get("scores", {"": {"": ()}}).items():
+                for part, values in parts.items():
+                    writer.writerow({**about, "kind": kind, "part": part, **dict(zip(names.get(part, names["class"]), values))})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+def cell(scores, metric):
+    if not scores or scores.get(metric) is None:
+        return ""
+    span = scores["interval"][metric]
+    return f"{scores[metric]:.3f}" + (f" [{span[0]:.3f}, {span[1]:.3f}]" if span else "")
+
+
 def table(results):
-    """The main score of every dataset as a Markdown table, with its interval, beside copying and, if scored, a wrong prompt."""
-    lines = ["| dataset | task | cases / patients | score | prompted | copied | wrong prompt |", "|---|---|---|---|---|---|---|"]
-
-    def cell(scores, metric):
-        if scores is None or scores[metric] is None:
-            return ""
-        span = scores["interval"][metric]
-        return f"{scores[metric]:.3f}" + (f" [{span[0]:.3f}, {span[1]:.3f}]" if span else "")
-
+    """The scores of every dataset as a Markdown table, with their intervals, beside copying and the wrong prompts that were asked."""
+    wrong = [k for k in WRONG if any(k in r for r in results.values())]
+    lines = ["| dataset | task | cases / patients | score | prompted | copied | " + "".join(f"{WRONG[k]} | " for k in wrong), "|---" * (6 + len(wrong)) + "|"]
     for name, r in results.items():
         for metric in (m for m in ("mIoU", "Dice", "box_IoU", "PSNR", "SSIM") if m in r):
             lines.append(f"| {name} | {r['task']} | {r['cases']} / {r['patients']} | {metric} | "
-                         + " | ".join(cell(scores, metric) for scores in (r, r["copy"], r.get("wrong"))) + " |")
-    return "\n".join(lines)
+                         + " | ".join(cell(scores, metric) for scores in (r, r.get("copy"), *(r.get(k) for k in wrong))) + " |")
+    return "\n".join(line.strip() for line in lines)
 
 
-def draw_examples(path, examples):
-    """A row a dataset: prompt, its label, image, truth, prediction, of the middle slice of the middle case."""
+def paper_tables(results, name):
+    """The paper's Tables 2 and 3 with a row for `results`; blank is what was not run."""
+    def rows(paper, ours):
+        return [f"| {n} | " + " | ".join(values.split()) + " |" for n, values in paper.items()] + [f"| {name} | " + " | ".join(ours) + " |"]
+    number = lambda dataset, metric, form: format(results[dataset][metric], form) if results.get(dataset, {}).get(metric) is not None else ""
+    titles = lambda names: " | ".join(data.DATASETS[n].title for n in names)
+    two = [f"Table 2, mIoU (the paper's rows are the paper's; *: 64 examples)\n\n| | {titles(TABLE_2)} |", "|---" * 10 + "|", *rows(PAPER_2, [number(n, "mIoU", ".2f") for n in TABLE_2])]
+    heads = " | ".join(f"{t} {m}" for t in ("synthesis", "inpainting", "denoising") for m in ("MAE", "PSNR", "SSIM"))
+    three = [f"Table 3 ({titles(TABLE_3)})\n\n| | {heads} |", "|---" * 10 + "|", *rows(PAPER_3, [number(n, m, ".3f") for n in TABLE_3 for m in ("MAE", "PSNR", "SSIM")])]
+    return "\n".join(two) + "\n\n" + "\n".join(three)
+
+
+def read_results(path):
+    """results.json of an evaluation. Raises DataError for anything else."""
+    content = readers.read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("datasets"), dict):
+        raise DataError(f"{path} is no result of eval.py: name a run that was scored")
+    return content
+
+
+def compare(columns, out=None):
+    """Finished evaluations side by side: a line a dataset with its main score, the means over the datasets that all have, and how the runs' settings differ.
+
+    columns: NAME=RUN[,RUN]; a RUN is a run folder with eval/results.json, or the folder or file of the results. With `out`, also compare.md, and, where the
+    runs differ in their share of the data, data.png (Figure 7). Raises DataError for a folder without results, or a dataset twice in one column.
+    """
+    found, settings = {}, {}
+    for column in columns:
+        name, _, runs = column.rpartition("=")
+        for run in map(Path, runs.split(",")):
+            path = next((p for p in (run, run / "results.json", run / "eval" / "results.json") if p.is_file()), None)
+            if path is None:
+                raise DataError(f"{run} has no results.json: score it first (python eval.py --checkpoint {run}/last.pt)")
+            content = read_results(path)
+            into = found.setdefault(name or run.name, {})
+            if twice := sorted(set(into) & set(content["datasets"])):
+                raise DataError(f"{name or run.name} has {twice[0]} twice: name the runs apart")
+            into |= content["datasets"]
+            settings.setdefault(name or run.name, []).append(content.get("training", {}))
+    names = list(dict.fromkeys(d for results in found.values() for d in results))
+    metric = {d: next(m for m in MAIN if any(m in r.get(d, {}) for r in found.values())) for d in names}
+    lines = ["| dataset | score | " + " | ".join(found) + " |", "|---" * (2 + len(found)) + "|"]
+    lines += [f"| {d} | {metric[d]} | " + " | ".join(cell(r.get(d), metric[d]) for r in found.values()) + " |" for d in names]
+    for m in MAIN:
+        shared = [d for d in names if metric[d] == m and all(r.get(d, {}).get(m) is not None for r in found.values())]
+        if shared:
+            lines.append(f"| mean of {len(shared)} | {m} | " + " | ".join(f"{np.mean([r[d][m] for d in shared]):.3f}" for r in found.values()) + " |")
+    keys = sorted({k for runs in settings.values() for s in runs for k in s} - {"out", "resume", "store", "data_root", "device", "workers", "log_every", "save_every", "stop_at"})
+    values = {k: [sorted({str(s.get(k)) for s in runs}) for runs in settings.values()] for k in keys}
+    lines += [f"| {k} | setting | " + " | ".join(", ".join(v) for v in values[k]) + " |" for k in keys if any(v != values[k][0] for v in values[k])]
+    text = "\n".join(lines)
+    print(text)
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "compare.md").write_text(text + "\n")
+        shares = [sorted({float(s.get("data_fraction", 1)) for s in runs}) for runs in settings.values()]
+        if len({tuple(v) for v in shares}) > 1 and all(len(v) == 1 for v in shares):
+            draw_data(Path(out) / "data.png", [v[0] for v in shares], found, names, metric)
+    return found
+
+
+def plotting():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_data(path, shares, found, names, metric):
+    """Score against the share of the training data, a line a dataset (the paper's Figure 7)."""
+    plt = plotting()
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    order = np.argsort(shares)
+    for d in (d for d in names if metric[d] == "mIoU"):
+        points = [(100 * shares[i], list(found.values())[i].get(d, {}).get("mIoU")) for i in order]
+        axis.plot(*zip(*[p for p in points if p[1] is not None]), ".-", label=d)
+    axis.set(xscale="log", xlabel="share of the training data, %", ylabel="mIoU", ylim=(0, 1))
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_scores(path, results):
+    """Every dataset's main score with its interval, beside copying and the paper's MVG (its Figure 2 as bars): one panel a metric."""
+    plt = plotting()
+    paper = {**{n: float(v) for n, v in zip(TABLE_2, PAPER_2["MVG"].split())}, **{n: float(v) for n, v in zip(TABLE_3, PAPER_3["MVG"].split()[1::3])}}
+    groups = {m: [n for n, r in results.items() if m == next((m for m in MAIN if r.get(m) is not None), None)] for m in MAIN}
+    groups = {m: names for m, names in groups.items() if names}
+    if not groups:
+        return
+    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 1.5 + 0.35 * max(map(len, groups.values()))), squeeze=False)
+    for axis, (metric, names) in zip(axes[0], groups.items()):
+        for at, name in enumerate(names):
+            r = results[name]
+            low, high = r["interval"][metric] or (r[metric],) * 2
+            axis.barh(at, r[metric], 0.6, color="#0072b2", label="prompted" if not at else None)
+            axis.plot((low, high), (at, at), color="black", linewidth=1)
+            axis.plot(r["copy"][metric], at, "o", color="#e69f00", label="copied" if not at else None)
+            if name in paper:
+                axis.plot(paper[name], at, "D", color="#cc79a7", label="paper's MVG" if name == next(n for n in names if n in paper) else None)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set(xlabel="PSNR in dB" if metric == "PSNR" else metric.replace("_", " "), **({} if metric == "PSNR" else {"xlim": (0, 1)}))
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_examples(out, results, answer, datasets):
+    """examples/<dataset>.png: worst, median and best case; examples.png: the median of every dataset. answer(dataset, case): what `answer_case` returns."""
+    medians = []
+    for name, r in results.items():
+        ranked = r["ranked"]
+        if not ranked:
+            continue
+        picked = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+        answers = {case: answer(name, case) for case in dict.fromkeys(c for c, _ in picked.values())}
+        rows = [(f"{what}: {case}\n{value:.2f}", datasets[name], answers[case]) for what, (case, value) in picked.items()]
+        (out / "examples").mkdir(exist_ok=True)
+        draw_rows(out / "examples" / f"{name}.png", rows)
+        medians.append((name, *rows[1][1:]))
+    draw_rows(out / "examples.png", medians)
+
+
+def draw_rows(path, examples):
+    """A row an example, (its name, dataset, answers): prompt, its label, image, truth, prediction, of the middle slice."""
+    plt = plotting()
     if not examples:
         return
     figure, axes = plt.subplots(len(examples), 5, figsize=(10, 2.1 * len(examples)), squeeze=False)
@@ -342,7 +614,7 @@ def draw_examples(path, examples):
             axis.set_xticks([]), axis.set_yticks([])
             if n == 0:
                 axis.set_title(title, fontsize=9)
-        row[0].set_ylabel(name, fontsize=8)
+        row[0].set_ylabel(name, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

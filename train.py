@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import mvg
+import unet
 from data import DataError
 
 
@@ -43,7 +44,7 @@ def parse(argv=None):
     add("--datasets", nargs="+", metavar="NAME", help="only these; `synthetic` adds procedural tasks (default: every dataset found)")
     add("--brats_pairs", nargs="+", metavar="FROM:TO", help="what BraTS-GLI translates, of t1n t1c t2w t2f (default: t1c:t2w t2w:t1c, authors)")
     # the model
-    add("--model", default="large", choices=list(mvg.SIZES), help="size; the paper names none, large is the authors'")
+    add("--model", default="large", choices=[*mvg.SIZES, "unet"], help="size; the paper names none, large is the authors'; unet: a specialist for one dataset, to compare with")
     add("--image_size", type=int, help="side of the crop in pixels (default: 448, the paper's; 64 for the demo size)")
     add("--layout", default="fused", choices=("fused", "sequence"), help="fused: authors; sequence: the paper's text")
     add("--positions", default="rope", choices=("rope", "learned"), help="rope: ours, beside learned ones; learned: the paper's vanilla ViT")
@@ -216,15 +217,20 @@ def main(argv=None):
         store = store or data.Store(args.store or data.default_store(args.data_root), found)
     torch.manual_seed(args.seed)
     if args.resume or args.finetune:
-        model = mvg.load(args.resume or args.finetune)
-        model.config.max_prompts = max(model.config.max_prompts, num_prompts[1])
+        model = unet.load(args.resume or args.finetune)
+        if isinstance(model, mvg.MVG):
+            model.config.max_prompts = max(model.config.max_prompts, num_prompts[1])
+    elif args.model == "unet":
+        if synthetic or len(store.datasets) != 1 or args.augment or args.init:
+            raise DataError(f"--model unet learns one task: name one of --datasets {' '.join(store.datasets) if store else ''}, without synthetic, --augment and --init")
+        model = unet.build(*store.datasets.values(), args.image_size)
     else:
         model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
                           drop_path=args.drop_path, max_prompts=num_prompts[1])
         if args.init:
             mvg.load_vit(model, args.init)
-    c = model.config
-    episodes = data.Episodes(store, c.image_size, c.patch, c.depth, args.seed, num_prompts, args.objective, args.seg_share,
+    c, specialist = model.config, isinstance(model, unet.UNet)
+    episodes = data.Episodes(store, c.image_size, c.patch, c.depth, args.seed, num_prompts, "ar" if specialist else args.objective, args.seg_share,
                              args.mim_share, args.mask_ratio, args.hide_label, args.coloring, args.first_term,
                              args.dataset_weights, args.data_fraction, args.empty_slices, synthetic, args.synthetic_share, args.augment,
                              args.cases, args.validate_cases)
@@ -241,7 +247,7 @@ def main(argv=None):
     model.to(device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     model.recompute = args.recompute
-    if args.recompute is None and device.type == "cuda":
+    if args.recompute is None and device.type == "cuda" and not specialist:
         import bench
         model.recompute = bench.cost(c, args.batch_size, "mim", bf16)[1] > 0.9 * torch.cuda.get_device_properties(device).total_memory
     optimizers = make_optimizers(model, args)
@@ -266,7 +272,7 @@ def main(argv=None):
         if main_rank:
             start_run_folder(out, args, model, store, episodes, steps, ranks, first)
     say(f"{args.finetune or args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, image {c.image_size}, patch {c.patch}, "
-        f"layout {c.layout}{', activations computed again' if model.recompute else ''}; {steps} steps, run folder {out}")
+        f"{'a U-Net' if specialist else f'layout {c.layout}'}{', activations computed again' if model.recompute else ''}; {steps} steps, run folder {out}")
 
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it cannot split what is computed again
@@ -291,7 +297,7 @@ def main(argv=None):
             drawn.append(torch.stack([batch.pop(k) for k in ("dataset", "case", "slice")], 1))
             asked = batch.pop("first").nonzero()[:, 0].to(device, non_blocking=True)  # who is asked for the first label
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            labels = data.color(batch["labels"], batch["palette"], batch["colored"])
+            labels = batch["labels"] if specialist else data.color(batch["labels"], batch["palette"], batch["colored"])
             with step_model.no_sync() if distributed and part < args.accumulate - 1 else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss, sample_loss, _ = step_model(batch["images"], labels, objective, batch.get("hidden"), batch["colored"], batch["valid"],
@@ -488,12 +494,13 @@ def dry_run(args, episodes, model, first, steps, ranks, num_prompts, device, bf1
             say(f"{name:32} {task:12} {cases:>6} {slices:>8} {share * weight:>7.1%} {share * weight * len(episodes):>15.0f}")
     batch, known = args.batch_size * args.accumulate * ranks, model.recompute
     mim = float(np.mean([episodes.step(s)[0] == "mim" for s in range(1000)]))
-    costs = {o: (share, *bench.cost(model.config, args.batch_size, o, bf16, known, pairs=2 if o == "mim" else num_prompts[1] + 1))
-             for o, share in (("mim", mim), ("ar", 1 - mim)) if share}
-    flops = sum(share * count for share, count, _ in costs.values()) / args.batch_size
     say(f"\n{steps} steps of {ranks} x {args.accumulate} x {args.batch_size} samples, {len(episodes) / batch:.1f} an epoch, {steps * batch / len(episodes):.1f} epochs; {mim:.0%} of the steps mim")
-    say(f"{flops / 1e12:.4f} TFLOP a sample, {flops * batch / 1e12:.3f} a step (counted, forward and backward{', activations computed again' if known else ''})")
-    say(f"{max(m for _, _, m in costs.values()) / 1e9:.2f} GB a process at the peak (computed: weights, gradients, moments, activations)")
+    costs = {o: (share, *bench.cost(model.config, args.batch_size, o, bf16, known, pairs=2 if o == "mim" else num_prompts[1] + 1))
+             for o, share in (("mim", mim), ("ar", 1 - mim)) if share and isinstance(model, mvg.MVG)}
+    flops = sum(share * count for share, count, _ in costs.values()) / args.batch_size
+    if costs:
+        say(f"{flops / 1e12:.4f} TFLOP a sample, {flops * batch / 1e12:.3f} a step (counted, forward and backward{', activations computed again' if known else ''})")
+        say(f"{max(m for _, _, m in costs.values()) / 1e9:.2f} GB a process at the peak (computed: weights, gradients, moments, activations)")
     seconds = []
     for step in range(MEASURED + 2):
         start = time.perf_counter()
@@ -502,7 +509,7 @@ def dry_run(args, episodes, model, first, steps, ranks, num_prompts, device, bf1
     seconds = float(np.mean(seconds[2:]))
     if device.type == "cuda":
         say(f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB a GPU measured, of {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}")
-    say(f"{seconds:.3f} s a step (mean of {MEASURED}), {batch / seconds:.1f} samples/s, {flops * batch / seconds / 1e12:.3f} TFLOP/s; "
+    say(f"{seconds:.3f} s a step (mean of {MEASURED}), {batch / seconds:.1f} samples/s, {f'{flops * batch / seconds / 1e12:.3f} TFLOP/s; ' if costs else ''}"
         f"an epoch {clock(seconds * len(episodes) / batch)}, the run {clock(seconds * steps)}. Dry run: nothing was written but the prepared store.")
 
 
@@ -576,7 +583,11 @@ def draw_samples(out, model, episodes, device):
     for name in sorted(rows):
         s = {k: v[None].to(device) for k, v in rows[name].items() if torch.is_tensor(v)}
         labels = data.color(s["labels"], s["palette"], s["colored"])
-        if episodes.objective == "ar" or episodes.objective == "hybrid" and s["colored"]:
+        if isinstance(model, unet.UNet):
+            painted = model.paint(s["images"][:, -1]).float()
+            answer = painted.argmax(1, keepdim=True) if model.config.classes else painted  # classes, in the colors of the sample
+            prediction = data.color(answer[:, None].to(s["labels"].dtype), s["palette"], s["colored"])[:, 0]
+        elif episodes.objective == "ar" or episodes.objective == "hybrid" and s["colored"]:
             prediction = model.predict(model.encode_prompts(s["images"][:, :-1], labels[:, :-1]), s["images"][:, -1])
         else:
             prediction = model.predict_canvas(s["images"][:, -2], labels[:, -2], s["images"][:, -1])

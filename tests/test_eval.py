@@ -3,16 +3,24 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import scipy.spatial.distance
+import skimage.metrics
 import torch
 
 import data
 import eval as evaluation
 import infer
 import mvg
-from test_train import failure
+import train
+import unet
+from conftest import ROOT
+from test_train import SMALL, failure
 
 
 def test_overlap_by_hand():
@@ -49,6 +57,28 @@ def test_ssim_against_a_plain_implementation():
     valid = np.zeros(x.shape, bool)
     valid[5, 5] = True  # one valid pixel: the window around it
     assert evaluation.ssim(x, x ** 2, valid) == pytest.approx(plain_ssim(x[:11, :11], x[:11, :11] ** 2), abs=1e-9)
+
+
+def test_metrics_agree_with_scikit_image_and_scipy():
+    rng = np.random.default_rng(1)
+    maps = [rng.integers(0, 4, (5, 17, 23)) for _ in range(2)] + [np.zeros((5, 17, 23), int) for _ in range(3)]
+    maps[2][2, 8, 8] = 1           # one voxel
+    maps[3][:, 0, :] = 2           # at the border
+    for truth in maps:             # the last one is empty
+        for guess in maps:
+            found = evaluation.overlap(guess, truth, range(1, 4))
+            for c in range(1, 4):
+                a, b = (guess == c).ravel(), (truth == c).ravel()
+                if not (a | b).any():
+                    assert c not in found
+                    continue
+                theirs = 1 - scipy.spatial.distance.jaccard(a, b), 1 - scipy.spatial.distance.dice(a, b)
+                assert found[c] == pytest.approx(theirs, abs=1e-6)
+    for _ in range(5):
+        truth, guess = rng.random((2, 40, 31)).astype(np.float32)
+        theirs = (np.abs(truth - guess).mean(), skimage.metrics.peak_signal_noise_ratio(truth.astype(float), guess.astype(float), data_range=1),
+                  skimage.metrics.structural_similarity(truth.astype(float), guess.astype(float), data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+        assert evaluation.image_scores(guess, truth) == pytest.approx(theirs, abs=1e-6)
 
 
 def test_image_scores_by_hand():
@@ -107,18 +137,124 @@ def test_box_scores_by_hand():
     assert evaluation.box_scores([], truth) == (0, 0, 0)
 
 
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["datasets"]
+
+
 def test_results(store, checkpoint, tmp_path):
     argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--max_cases", "2"]
     evaluation.main([*argv, "--out", str(tmp_path / "a")])
-    evaluation.main([*argv, "--out", str(tmp_path / "b")])
-    a, b = (json.loads((tmp_path / n / "results.json").read_text())["datasets"] for n in "ab")
-    assert a == b  # the same seed, the same table
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval.py", *argv, "--device", "cpu", "--out", str(tmp_path / "b")],
+                   cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    a = results(tmp_path / "a")
+    assert a == results(tmp_path / "b")  # the same seed, the same table, by however many processes
     assert a["acdc"]["cases"] == 2 and 0 <= a["acdc"]["mIoU"] <= 1 and set(a["acdc"]["per_class"]) <= set(data.DATASETS["acdc"].labels)
     assert {"MAE", "PSNR", "SSIM"} < set(a["Dataset802_MsT1ToFlair"])
     rows = list(csv.DictReader(open(tmp_path / "a" / "cases.csv")))
-    liver = [float(r["IoU or MAE"]) for r in rows if r["dataset"] == "la"]
-    assert np.mean(liver) == pytest.approx(a["la"]["mIoU"])
-    assert (tmp_path / "a" / "examples.png").stat().st_size > 1000
+    atria = [float(r["IoU"]) for r in rows if r["dataset"] == "la" and r["kind"] == "prediction"]
+    assert np.mean(atria) == pytest.approx(a["la"]["mIoU"])
+    for name in ("examples.png", "scores.png", "examples/la.png"):
+        assert (tmp_path / "a" / name).stat().st_size > 1000
+    two, three = (tmp_path / "a" / "tables.md").read_text().split("Table 2")[1].split("Table 3")
+    ours = [l for l in (two + three).splitlines() if str(checkpoint) in l]
+    assert f"| {a['acdc']['mIoU']:.2f} | {a['la']['mIoU']:.2f} |" in ours[0] and not ours[1].split("|", 2)[2].strip(" |")  # the stand-ins have no part in Table 3
+
+
+def test_the_papers_rows_add_up():
+    """As the paper states them: 0.79 on average, 0.93 of its U-Net, 0.35 above UniverSeg, 0.735 on the abdomen."""
+    row = {n: np.array(v.split(), float) for n, v in evaluation.PAPER_2.items()}
+    assert all(len(v) == 9 for v in row.values()) and all(len(v.split()) == 9 for v in evaluation.PAPER_3.values())
+    assert row["MVG"].mean() == pytest.approx(0.79, abs=0.005) and (row["MVG"] / row["UNet"]).mean() == pytest.approx(0.93, abs=0.01)
+    assert (row["MVG"] - row["UniverSeg*"]).mean() == pytest.approx(0.35, abs=0.01) and row["MVG"][:4].mean() == pytest.approx(0.735)
+
+
+def test_a_stopped_evaluation_goes_on_and_a_bad_case_is_named(store, checkpoint, tmp_path, monkeypatch, capsys):
+    argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--datasets", "acdc", "la", "--out", str(tmp_path / "e")]
+    whole, asked, answer = evaluation.main(argv), [], evaluation.answer_case
+    lines = (tmp_path / "e" / "scores.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "e" / "scores.jsonl").write_text("".join(lines[:3]) + lines[3][:40])  # stopped in the middle of a line
+    victim = json.loads(lines[-1])["case"]
+
+    def spoilt(model, case, *rest, **more):
+        asked.append(case.name)
+        if case.name == victim and len(asked) < len(lines):
+            raise ValueError("no\nsense")
+        return answer(model, case, *rest, **more)
+
+    monkeypatch.setattr(evaluation, "answer_case", spoilt)
+    part = evaluation.main(argv)
+    said = capsys.readouterr().out
+    scored_again = asked[:len(lines) - 3]
+    assert not {json.loads(l)["case"] for l in lines[1:3]} & set(scored_again) and f"2 of {len(lines) - 1} cases were scored before" in said
+    assert f"{victim} could not be scored: ValueError: no sense" in said and "1 cases could not be scored" in said
+    assert sum(r["failed"] for r in part.values()) == 1 and part != whole
+    monkeypatch.setattr(evaluation, "answer_case", answer)
+    assert evaluation.main(argv) == whole  # what failed is tried again
+    evaluation.main([*argv, "--seed", "1", "--max_cases", "1"])  # other settings begin anew
+    assert len((tmp_path / "e" / "scores.jsonl").read_text().splitlines()) == 3
+
+
+def test_wrong_prompts(store, checkpoint, tmp_path, monkeypatch, capsys):
+    """A model that copies its prompt's label falls with every wrong prompt; one that does not look at it is called so."""
+    argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--wrong_prompt", "--max_cases", "2"]
+    shown = {}
+    answer_case = evaluation.answer_case
+
+    def truthful(model, case, training, dataset, *rest, **more):
+        shown.update(truth=evaluation.read_slices(case, case.foreground)[1], asked=0)
+        return answer_case(model, case, training, dataset, *rest, **more)
+
+    def echo(model, prompts, stack, segmentation, *rest, **more):  # the first question has the right prompt: answer it as one should
+        shown["asked"] += 1
+        if shown["asked"] == 1 or always:
+            return shown["truth"].astype(prompts[0][1].dtype)
+        return np.zeros(stack.shape, prompts[0][1].dtype)
+
+    monkeypatch.setattr(evaluation, "answer_case", truthful)
+    monkeypatch.setattr(infer, "predict_stack", echo)
+    always = False
+    falls = evaluation.main([*argv, "--out", str(tmp_path / "a")])
+    assert set(evaluation.WRONG) < set(falls["acdc"]) and "other_class" not in falls["la"] and "empty" in falls["Dataset802_MsT1ToFlair"]
+    assert falls["acdc"]["mIoU"] == 1 and falls["acdc"]["other_class"]["mIoU"] == 0 and not any(r["ignored"] for r in falls.values())
+    capsys.readouterr()
+    always = True
+    stays = evaluation.main([*argv, "--out", str(tmp_path / "b")])
+    assert stays["la"]["ignored"] == ["other_dataset"] and stays["acdc"]["ignored"] == ["other_class", "other_dataset"]
+    assert "la: the score does not fall with a prompt that is wrong (other dataset)" in capsys.readouterr().out
+
+
+def test_finished_runs_side_by_side(tmp_path, capsys):
+    def write(name, share, **scores):
+        found = {d: {"mIoU": v, "interval": {"mIoU": None}} for d, v in scores.items()}
+        (tmp_path / name / "eval").mkdir(parents=True)
+        data.write_json(tmp_path / name / "eval" / "results.json", {"datasets": found, "training": {"data_fraction": share, "coloring": "random", "out": name}})
+    write("a", 1.0, acdc=0.5, la=0.7)
+    write("b", 0.1, acdc=0.4)
+    write("c", 0.1, la=0.6)
+    evaluation.main(["--compare", f"all={tmp_path / 'a'}", f"few={tmp_path / 'b'},{tmp_path / 'c'}", "--out", str(tmp_path / "t")])
+    said = capsys.readouterr().out
+    assert "| acdc | mIoU | 0.500 | 0.400 |" in said and "| mean of 2 | mIoU | 0.600 | 0.500 |" in said
+    assert "| data_fraction | setting | 1.0 | 0.1 |" in said and "coloring" not in said and (tmp_path / "t" / "data.png").stat().st_size > 1000
+    assert "no results.json" in failure(capsys, evaluation.main, "--compare", tmp_path / "nowhere")
+    assert "acdc twice" in failure(capsys, evaluation.main, "--compare", f"x={tmp_path / 'a'},{tmp_path / 'b'}")
+
+
+def test_the_u_net_learns_and_is_scored_by_the_same_programs(store, tmp_path, capsys):
+    """Segmentation and regression; resumed bit for bit; two tasks at once are refused."""
+    argv = ["--store", str(store.root), *SMALL, "--model", "unet", "--batch_size", "8"]
+    for name, steps in (("la", 60), ("Dataset802_MsT1ToFlair", 60)):
+        out = tmp_path / name
+        train.main([*argv, "--datasets", name, "--steps", str(steps), "--stop_at", str(steps // 2), "--lr", "3e-3", "--out", str(out)])
+        model = train.main(["--resume", str(out / "last.pt")])
+        scores = evaluation.main(["--store", str(store.root), "--datasets", name, "--checkpoint", str(out / "last.pt")])[name]
+        metric = "mIoU" if name == "la" else "PSNR"
+        print(name, scores[metric], scores["copy"][metric])
+        assert isinstance(model, unet.UNet) and scores[metric] > scores["copy"][metric] and (out / "samples.png").stat().st_size > 500
+    whole = train.main([*argv, "--datasets", "la", "--steps", "4", "--out", str(tmp_path / "whole")])
+    train.main([*argv, "--datasets", "la", "--steps", "4", "--stop_at", "2", "--out", str(tmp_path / "part")])
+    part = train.main(["--resume", str(tmp_path / "part" / "last.pt")])
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), part.state_dict().values()))
+    assert "learns one task" in failure(capsys, train.main, *argv, "--out", tmp_path / "no")
 
 
 def test_a_perfect_prediction_is_perfect_and_a_copied_prompt_scores_as_copying(store, checkpoint, tmp_path, monkeypatch):
