@@ -177,37 +177,40 @@ def read_slices(case, numbers):
     return np.stack(images), np.stack(labels), None if valid[0] is None else np.stack(valid)
 
 
-def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="auto", others=(), wrong=False):
+def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="auto", others=(), wrong=False, prompts=1):
     """Predict the kept slices of a case and copy its prompt; all that `score` and the figures need, (K, H, W) each.
 
     The prompt is drawn from (seed, case), whatever other cases are scored. wrong: also answer prompts that should be of no use: of a case of
-    another dataset (one of `others`), with every class called the next one, and without any answer (no class; a black image). A U-Net takes no prompt.
+    another dataset (one of `others`), with every class called the next one, and without any answer (no class; a black image). prompts: how many training cases are shown. A U-Net takes no prompt.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{dataset.name}/{case.name}".encode())])
-    prompt = data.evaluation_prompt(training, case, rng, slices)
+    shown = [data.evaluation_prompt(training, case, rng, slices)]
+    for _ in range(prompts - 1):  # others, as long as there are any
+        left = [c for c in training if c.kind == case.kind and c.patient not in {case.patient, *(s.patient for s in shown)}]
+        shown += [data.evaluation_prompt(left, case, rng, slices)] if left else []
     pick = (lambda labels: labels.astype(np.uint8)) if dataset.colored else (lambda labels: labels)
 
     def pair(case):
         images, labels, valid = read_slices(case, case.kept(slices))
         return images, pick(labels), valid
 
-    def ask(prompt_images, prompt_labels):
-        return infer.predict_stack(model, [(prompt_images, prompt_labels)], images, dataset.colored, mode, votes, seed, dataset.name)
+    def ask(*pairs):
+        return infer.predict_stack(model, list(pairs), images, dataset.colored, mode, votes, seed, dataset.name)
 
     images, truth, valid = pair(case)
-    prompt_images, prompt_labels, _ = pair(prompt)
+    (prompt_images, prompt_labels), *more = [pair(c)[:2] for c in shown]
     specialist = isinstance(model, unet.UNet)
-    answers = {"prediction": unet.predict_stack(model, images) if specialist else ask(prompt_images, prompt_labels)}
+    answers = {"prediction": unet.predict_stack(model, images) if specialist else ask((prompt_images, prompt_labels), *more)}
     if others:
-        answers["other_dataset"] = ask(*pair(others[rng.integers(len(others))])[:2])
+        answers["other_dataset"] = ask(pair(others[rng.integers(len(others))])[:2])
     if wrong and not specialist:
         classes = np.unique(prompt_labels)[1:] if dataset.colored else ()
         if len(classes) > 1:
             following = np.arange(256, dtype=np.uint8)
             following[classes] = np.roll(classes, -1)
-            answers["other_class"] = ask(prompt_images, following[prompt_labels])
+            answers["other_class"] = ask((prompt_images, following[prompt_labels]))
         answers["empty"] = (answer_without_label(model, prompt_images, classes, images, votes, mode, seed, dataset.name) if dataset.colored
-                            else ask(prompt_images, np.zeros_like(prompt_labels)))
+                            else ask((prompt_images, np.zeros_like(prompt_labels))))
     side = (model.config.image_size,) * 2
     seen = data.resize_images(data.resize_images(torch.from_numpy(images), side), images.shape[1:]).numpy()  # as sharp as an answer
     matched = [data.matching_slice(k, len(images), len(prompt_images)) for k in range(len(images))]
@@ -217,7 +220,7 @@ def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="
         lines = torch.from_numpy(np.clip(prompt_labels - prompt_images, 0, 1))
         copied = (seen + data.resize_images(lines, images.shape[1:]).numpy()).clip(0, 1)
     return {**answers, "copy": copied, "truth": truth, "images": images, "seen": seen, "boxes": case.index["boxes"],
-            "prompt_images": prompt_images, "prompt_labels": prompt_labels, "valid": valid, "prompt": prompt.name}
+            "prompt_images": prompt_images, "prompt_labels": prompt_labels, "valid": valid, "prompt": " ".join(c.name for c in shown)}
 
 
 def answer_without_label(model, prompt_images, classes, images, votes, mode, seed, name):
@@ -302,6 +305,7 @@ def main(argv=None):
     add("--wrong_prompt", action="store_true", help="also score prompts that should be of no use: of another class, of another dataset, empty")
     add("--max_cases", type=int, help="at most so many cases a dataset")
     add("--slices", default="foreground", choices=("foreground", "all"), help="foreground: slices whose truth has some (paper silent)")
+    add("--prompts", type=int, default=1, help="training cases shown (paper: 1)")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained (ours: ar for segmentation, canvas for images)")
     add("--votes", type=int, help="colorings (binary: views) averaged (paper: 1; default: 8 where training knew such views, else 1)")
     add("--seed", type=int, default=0, help="of the prompts")
@@ -310,7 +314,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.compare:
         return compare(args.compare, args.out)
-    for name in ("votes", "max_cases"):
+    for name in ("votes", "max_cases", "prompts"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise DataError(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if args.seed < 0:
@@ -338,7 +342,7 @@ def main(argv=None):
         if not cases:
             say(f"{name}: not scored, it has no {args.split} case with a training case of another patient")
         todo |= {(name, c.name): c for c in cases[:args.max_cases]}
-    about = {"checkpoint": str(checkpoint), "modified": checkpoint.stat().st_mtime, "store": str(store.root), "slices": args.slices, "seed": args.seed,
+    about = {"checkpoint": str(checkpoint), "modified": checkpoint.stat().st_mtime, "store": str(store.root), "slices": args.slices, "seed": args.seed, "prompts": args.prompts,
              "votes": args.votes, "mode": args.mode, "wrong_prompt": args.wrong_prompt}
     ledger, done = out / "scores.jsonl", {}
     if rank == 0:
@@ -362,7 +366,7 @@ def main(argv=None):
     for name, case_name in tqdm(left[rank::ranks], unit="case", disable=None if rank == 0 else True, leave=False):
         case, dataset, line = todo[name, case_name], store.datasets[name], {"dataset": name, "case": case_name}
         try:
-            answer = answer_case(model, case, training[name], dataset, args.slices, args.seed, args.votes, args.mode, others(name), args.wrong_prompt)
+            answer = answer_case(model, case, training[name], dataset, args.slices, args.seed, args.votes, args.mode, others(name), args.wrong_prompt, args.prompts)
             kinds = [k for k in ("prediction", "copy", *WRONG) if k in answer]
             line |= {"patient": case.patient, "prompt": answer["prompt"], "scores": {k: score(answer[k], answer, dataset) for k in kinds}}
         except (ValueError, OSError, RuntimeError) as error:
@@ -389,7 +393,7 @@ def main(argv=None):
         for kind in r.get("ignored", ()):
             print(f"{name}: the score does not fall with a prompt that is wrong ({WRONG[kind]}): the model ignores its prompt, or has nothing to lose")
     draw_scores(out / "scores.png", results)
-    draw_examples(out, results, lambda name, case: answer_case(model, todo[name, case], training[name], store.datasets[name], args.slices, args.seed, args.votes, args.mode),
+    draw_examples(out, results, lambda name, case: answer_case(model, todo[name, case], training[name], store.datasets[name], args.slices, args.seed, args.votes, args.mode, prompts=args.prompts),
                   store.datasets)
     bad = sum(r["failed"] for r in results.values())
     print(f"wrote {', '.join(str(out / n) for n in ('results.json', 'cases.csv', 'tables.md', 'scores.png', 'examples.png'))}"

@@ -223,6 +223,16 @@ def test_wrong_prompts(store, checkpoint, tmp_path, monkeypatch, capsys):
     assert "la: the score does not fall with a prompt that is wrong (other dataset)" in capsys.readouterr().out
 
 
+def test_several_prompts_are_of_other_patients(store, checkpoint, monkeypatch):
+    seen, model = [], mvg.load(checkpoint)
+    monkeypatch.setattr(infer, "predict_stack", lambda model, prompts, stack, *rest: seen.append(prompts) or np.zeros(stack.shape, np.uint8))
+    dataset, training, case = store.datasets["acdc"], store.split("acdc", "train"), store.split("acdc", "test")[0]
+    one, three = (evaluation.answer_case(model, case, training, dataset, "foreground", 0, prompts=n)["prompt"].split() for n in (1, 3))
+    assert len(seen[0]) == 1 and len(seen[1]) == 3 and one == three[:1]
+    assert len({c.patient for c in training if c.name in three} - {case.patient}) == 3
+    assert len(evaluation.answer_case(model, case, training[:1], dataset, "foreground", 0, prompts=3)["prompt"].split()) == 1  # no more there
+
+
 def test_finished_runs_side_by_side(tmp_path, capsys):
     def write(name, share, **scores):
         found = {d: {"mIoU": v, "interval": {"mIoU": None}} for d, v in scores.items()}
