@@ -588,12 +588,13 @@ def draw_examples(out, results, answer, datasets):
     """examples/<dataset>.png: worst, median and best case; examples.png: the median of every dataset. answer(dataset, case): what `answer_case` returns."""
     medians = []
     for name, r in results.items():
-        ranked = r["ranked"]
-        if not ranked:
+        ranked, rows = r["ranked"], []
+        for what, (case, value) in {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}.items() if ranked else ():
+            whole = answer(name, case)  # of which only the middle slice is kept
+            middle = {k: whole[k][len(whole["images"]) // 2] for k in ("prompt_images", "prompt_labels", "images", "truth", "prediction")}
+            rows.append((f"{what}: {case}\n{value:.2f}", datasets[name], middle))
+        if not rows:
             continue
-        picked = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-        answers = {case: answer(name, case) for case in dict.fromkeys(c for c, _ in picked.values())}
-        rows = [(f"{what}: {case}\n{value:.2f}", datasets[name], answers[case]) for what, (case, value) in picked.items()]
         (out / "examples").mkdir(exist_ok=True)
         draw_rows(out / "examples" / f"{name}.png", rows)
         medians.append((name, *rows[1][1:]))
@@ -607,9 +608,8 @@ def draw_rows(path, examples):
         return
     figure, axes = plt.subplots(len(examples), 5, figsize=(10, 2.1 * len(examples)), squeeze=False)
     for n, (row, (name, dataset, a)) in enumerate(zip(axes, examples)):
-        k = len(a["images"]) // 2
-        panels = [("prompt", a["prompt_images"][k], None), ("prompt label", a["prompt_images"][k], a["prompt_labels"][k]),
-                  ("image", a["images"][k], None), ("truth", a["images"][k], a["truth"][k]), ("prediction", a["images"][k], a["prediction"][k])]
+        panels = [("prompt", a["prompt_images"], None), ("prompt label", a["prompt_images"], a["prompt_labels"]),
+                  ("image", a["images"], None), ("truth", a["images"], a["truth"]), ("prediction", a["images"], a["prediction"])]
         for axis, (title, image, label) in zip(row, panels):
             axis.imshow(image if label is None or dataset.colored else label, cmap="gray", vmin=0, vmax=1)
             if label is not None and dataset.colored:
