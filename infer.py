@@ -1,22 +1,28 @@
 """Prompt a model with an image and its answer, and get the answer of a new image, on the new image's grid.
 
     python infer.py --prompt a.nii --input b.nii
+    python infer.py --prompt a.nii c.nii --input scans/ --output answers/ --overlay --report      several prompts, a folder of scans
 
 finds the label of `a.nii` beside it (a_label, a_seg, a_gt, a-mask, labelsTr/a ...) or takes --prompt_label, a checkpoint
 (checkpoints/*.pt here, else the newest runs/*/last.pt, or --checkpoint), and writes `b_mvg.nii` (or --output): the input's
 shape, affine and header, with the prompt's label values, or in the units of the prompt's label image. Volumes (NIfTI,
-MetaImage, NRRD) and single pictures (PNG, JPEG, TIFF, written as PNG); segmentation and image-to-image.
+MetaImage, NRRD, a folder with a DICOM series, answered as NIfTI) and single pictures (PNG, JPEG, TIFF, written as PNG);
+segmentation and image-to-image.
 
 Slice n of the input is shown slice floor(n * N_prompt / N_input) of the prompt (paper, section 3.3). From Python:
 
-    label = infer.predict("runs/mvg/last.pt", [(image, label)], new_image)     # (H, W) arrays, images in [0, 1]
+    label = infer.predict("runs/mvg/last.pt", [(image, label)], new_image)     # (H, W) or (K, H, W) arrays, images in [0, 1]
 
 Research software, not a medical device.
 """
 
 import argparse
+import json
 import os
+import platform
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,60 +122,115 @@ def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", v
     return fit / fit.sum(1, keepdim=True)
 
 
-def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, seed=0, dataset=None, slices=None, progress=None):
+class Scaled:
+    """A stack (K, H, W) whose slices become floats in [0, 1] when they are taken out, so that a large volume stays as small as its file."""
+
+    def __init__(self, stack, low_high):
+        self.stack, self.low_high, self.shape = stack, low_high, stack.shape
+
+    def __len__(self):
+        return len(self.stack)
+
+    def __getitem__(self, k):
+        return data.to_unit(np.ascontiguousarray(self.stack[k]), self.low_high)
+
+
+def windows(side, tile):
+    """Where a slice is looked at: [(rows, columns)] of a square of `side` pixels, or, to tile, nine overlapping quarters of one twice as large."""
+    starts = (0, side // 2, side) if tile else (0,)
+    return [(slice(y, y + side), slice(x, x + side)) for y in starts for x in starts]
+
+
+def look(pictures, size, resize):
+    """Slices (H, W) of any sizes -> (B, 1, size, size), brought there by data.resize_images or data.resize_labels."""
+    return torch.cat([resize(torch.from_numpy(np.ascontiguousarray(p))[None, None], (size, size)) for p in pictures])
+
+
+def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, seed=0, dataset=None, slices=None, progress=None,
+                  neighbours=0, tile=False, propagate=False, confidence=None):
     """Answer every slice of a stack (K, H, W) float in [0, 1] -> (K, H, W): integers with the prompt's values, or floats.
 
     prompts: list of (images, labels), each (K_p, H_p, W_p), label integers or floats in [0, 1]
     slices: which slice of every prompt serves slice k, a list of K tuples; default floor(k * K_p / K), the paper's rule
+    neighbours: so many slices before and after that one serve, too; tile: look at nine overlapping quarters at twice the resolution;
+    propagate: the slice before with its answer counts as one more prompt (segmentation, slice by slice)
+    confidence: a (K, H, W) float array to fill with the winning class's share of the votes, 1 / (classes + 1) to 1 (segmentation)
     """
-    side = (model.config.image_size,) * 2
+    side, scale = model.config.image_size, 2 if tile else 1
     K, H, W = stack.shape
     slices = slices or [tuple(data.matching_slice(k, K, len(p[0])) for p in prompts) for k in range(K)]
     groups = {}
     for k, shown in enumerate(slices):
         groups.setdefault(shown, []).append(k)
     output = np.zeros(stack.shape, prompts[0][1].dtype if segmentation else np.float32)
+    weight = torch.hann_window(side + 2)[1:-1] if tile else torch.ones(side)
+    weight = weight[:, None] * weight
     for shown, members in groups.items():  # slices that share their prompt slices share one prompt cache
-        images = torch.cat([data.resize_images(torch.from_numpy(np.ascontiguousarray(p[0][s])).float()[None, None], side)
-                            for p, s in zip(prompts, shown)])
-        labels = [torch.from_numpy(np.ascontiguousarray(p[1][s]))[None, None] for p, s in zip(prompts, shown)]
-        shown_classes = sorted({int(v) for label in labels for v in label.unique().tolist()} - {0}) if segmentation else []
-        batch = max(1, min(BATCH, MAX_FITS // (H * W * (len(shown_classes) + 1))))
+        pairs = [(p[0][k], p[1][k]) for p, s in zip(prompts, shown) for k in sorted({min(max(s + d, 0), len(p[0]) - 1) for d in range(-neighbours, neighbours + 1)})]
+        images = look([x for x, _ in pairs], scale * side, data.resize_images)
+        classes = sorted({int(v) for _, y in pairs for v in np.unique(y)} - {0}) if segmentation else []
+        if segmentation and not classes:
+            if confidence is not None:
+                confidence[members] = 1
+            if progress is not None:
+                progress.update(len(members))
+            continue
+        values = torch.tensor([0, *classes])  # resized by their numbers: floats hold no large values
+        number = lambda y: np.searchsorted([0, *classes], y)
+        labels = values[look([number(y) for _, y in pairs], scale * side, data.resize_labels)] if segmentation else \
+            look([y for _, y in pairs], scale * side, data.resize_images)
+
+        def answer(x, images, labels):
+            """(B, 1, scale * side, ...) -> fits (B, C + 1, H, W), or answers (B, 1, H, W)."""
+            total, weights = 0, torch.zeros(x.shape[-2:])
+            for rows, columns in windows(side, tile):
+                cut = [t[..., rows, columns] for t in (images, labels, x)]
+                part = segment(model, *cut, classes, mode, votes, seed, dataset) if segmentation else \
+                    sum(a := paint(model, *cut, choose_mode(model, False, mode))) / len(a)
+                whole = torch.zeros(*part.shape[:2], *x.shape[-2:])
+                whole[..., rows, columns] = part * weight
+                total, weights[rows, columns] = total + whole, weights[rows, columns] + weight
+            return data.resize_images(total / weights, (H, W))
+
+        batch = 1 if propagate else max(1, min(BATCH, MAX_FITS // (H * W * (len(classes) + 1))))
         for part in (members[i:i + batch] for i in range(0, len(members), batch)):
-            x = torch.from_numpy(np.ascontiguousarray(stack[part])).float()[:, None]
-            x = data.resize_images(x, side)
+            x = look(stack[part], scale * side, data.resize_images)
+            result = answer(x, images, labels)
+            if propagate and part[0] and np.isin(output[part[0] - 1], classes).any():
+                before = np.where(np.isin(output[part[0] - 1], classes), output[part[0] - 1], 0)
+                last = answer(x, look(stack[part[0] - 1:part[0]], scale * side, data.resize_images), values[look([number(before)], scale * side, data.resize_labels)])
+                result = (len(pairs) * result + last) / (len(pairs) + 1)
             if segmentation:
-                if shown_classes:
-                    values = torch.tensor([0, *shown_classes])  # resized by their numbers: floats hold no large values
-                    small = torch.cat([values[data.resize_labels(torch.searchsorted(values, label.long()), side)] for label in labels])
-                    fit = segment(model, images, small, x, shown_classes, mode, votes, seed, dataset)
-                    best = data.resize_images(fit, (H, W)).argmax(1).numpy()
-                    output[part] = np.array([0, *shown_classes], output.dtype)[best]
+                fit, best = result.max(1)
+                output[part] = np.array([0, *classes], output.dtype)[best.numpy()]
+                if confidence is not None:
+                    confidence[part] = fit.numpy()
             else:
-                small = torch.cat([data.resize_images(label.float(), side) for label in labels])
-                answers = paint(model, images, small, x, choose_mode(model, False, mode))
-                output[part] = data.resize_images(sum(answers) / len(answers), (H, W))[:, 0].clamp(0, 1).numpy()
+                output[part] = result[:, 0].clamp(0, 1).numpy()
             if progress is not None:
                 progress.update(len(part))
     return output
 
 
-def predict(model_or_path, prompts, image, mode="auto", votes=None, seed=0, device=None, dataset=None):
-    """Answer one image.
+def predict(model_or_path, prompts, image, mode="auto", votes=None, seed=0, device=None, dataset=None, **how):
+    """Answer one image, or a stack of slices.
 
     model_or_path   an MVG, or a checkpoint's path
-    prompts         list of (image, label), (H, W) arrays; images in [0, 1]. Integer (or bool) labels mean segmentation:
+    prompts         list of (image, label), (H, W) or (K, H, W) arrays; images in [0, 1]. Integer (or bool) labels mean segmentation:
                     the answer holds their values. Float labels in [0, 1] mean an image. Sizes may differ.
-    image           (H, W) in [0, 1]
+    image           (H, W) or (K, H, W) in [0, 1]
     mode            auto | ar | canvas; votes: colorings averaged; device: for a path, see mvg.pick_device; dataset: whose
                     colors to use, for a model trained on predefined ones
-    Returns (H, W): the labels' integer type, or float32 in [0, 1]. Raises ValueError for arrays of another form.
+    how             neighbours, tile, propagate and confidence of `predict_stack`
+    Returns an array of the image's shape: the labels' integer type, or float32 in [0, 1]. Raises ValueError for arrays of another form.
     """
     if not prompts:
         raise ValueError("no prompts: pass a list with at least one (image, label)")
     image = _checked(image, "image")
     pairs = [(_checked(x, f"image of prompt {i}"), np.asarray(y)) for i, (x, y) in enumerate(prompts)]
     for i, (x, y) in enumerate(pairs):
+        if x.ndim != image.ndim:
+            raise ValueError(f"image is {shape_text(image.shape)} and image of prompt {i} {shape_text(x.shape)}: pass slices (H, W), or stacks (K, H, W), throughout")
         if x.shape != y.shape:
             raise ValueError(f"label of prompt {i} is {shape_text(y.shape)} but its image is {shape_text(x.shape)}: they must be equal")
     kinds = {y.dtype.kind in "iub" for _, y in pairs}
@@ -193,16 +254,17 @@ def predict(model_or_path, prompts, image, mode="auto", votes=None, seed=0, devi
         model = mvg.load(model_or_path, device)
     training = model.training
     model.eval()
-    answer = predict_stack(model, [(x[None], y[None]) for x, y in pairs], image[None], segmentation, mode, votes, seed, dataset)[0]
+    three = lambda a: a if a.ndim == 3 else a[None]
+    answer = predict_stack(model, [(three(x), three(y)) for x, y in pairs], three(image), segmentation, mode, votes, seed, dataset, **how).reshape(image.shape)
     model.train(training)
     return answer.astype(kind) if segmentation else answer
 
 
 def _checked(array, what):
-    """A (H, W) array in [0, 1] as float32."""
+    """A (H, W) or (K, H, W) array in [0, 1] as float32."""
     array = np.asarray(array)
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{what} is {shape_text(array.shape) or 'a number'}: pass one (H, W) slice")
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(f"{what} is {shape_text(array.shape) or 'a number'}: pass one (H, W) slice or a (K, H, W) stack of them")
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{what} has {int((~np.isfinite(array)).sum())} values that are NaN or infinite: replace them")
@@ -283,14 +345,15 @@ def write_like(path, array, like):
         Path(temporary).unlink(missing_ok=True)
 
 
-def output_path(given, source, inputs):
-    """Where the answer goes: --output, or <input>_mvg of the input's kind (pictures: PNG, MetaImage: .mha).
+def output_path(given, source, inputs, several=False):
+    """Where the answer goes: --output, a file or a folder, or beside the input: <input>_mvg of the input's kind (pictures: PNG, MetaImage: .mha).
 
     Raises DataError for a place that cannot be written, another kind of file, and any of `inputs`.
     """
     kind = readers.extension(source.path)
-    kind = ".png" if source.kind == "picture" else ".mha" if kind in (".mhd", ".mha") else ".nrrd" if kind in (".nrrd", ".nhdr") else kind
-    path = Path(given) if given else source.path.with_name(readers.stem(source.path) + "_mvg" + kind)
+    kind = ".png" if source.kind == "picture" else ".mha" if kind in (".mhd", ".mha") else ".nrrd" if kind in (".nrrd", ".nhdr") else kind or ".nii.gz"
+    folder = Path(given) if given and (several or Path(given).is_dir()) else None
+    path = Path(given) if given and not folder else (folder or source.path.parent) / (readers.stem(source.path) + "_mvg" + kind)
     allowed = {"nifti": readers.NIFTI, "itk": (".mha", ".nrrd"), "picture": (".png", ".tif", ".tiff")}[source.kind]
     if readers.extension(path) not in allowed:
         raise DataError(f"--output {path} cannot hold the answer to {source.path.name}: end it in {' or '.join(allowed)}")
@@ -301,6 +364,26 @@ def output_path(given, source, inputs):
     if path.exists() and path.resolve() in [p.resolve() for p in inputs]:
         raise DataError(f"--output {path} is one of the inputs: name another file")
     return path
+
+
+def find_inputs(given):
+    """Files and folders -> the files to answer. A folder is a DICOM series, or stands for every image in it that is no label and no answer.
+
+    Raises DataError for a folder without either.
+    """
+    found = []
+    for path in map(Path, given):
+        if not path.is_dir() or readers.is_dicom(path):
+            found.append(path)
+            continue
+        files = [f for f in sorted(path.iterdir()) if readers.extension(f) and not f.name.startswith(".")]
+        names = [readers.stem(f) for f in files]
+        labels = {n for n in names if any(n.endswith(sign) and n[:-len(sign)] in names for sign in LABEL_NAMES)}
+        images = [f for f, n in zip(files, names) if n not in labels and not n.endswith(("_mvg", "_mvg_confidence", "_mvg_overlay"))]
+        if not images:
+            raise DataError(f"{path} holds no image ({' '.join(readers.EXTENSIONS)}) and no DICOM series: name another folder")
+        found += images
+    return found
 
 
 def answer_type(label, segmentation, output):
@@ -320,31 +403,11 @@ def answer_type(label, segmentation, output):
     return np.dtype(np.float32)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    add("--prompt", required=True, help="image of the example")
-    add("--prompt_label", help="its answer (default: found beside it)")
-    add("--input", required=True, help="image to answer")
-    add("--output", help="file to write (default: <input>_mvg of the same kind)")
-    add("--checkpoint", help="what train.py wrote (default: checkpoints/*.pt, else the newest runs/*/last.pt)")
-    add("--task", default="auto", choices=("auto", "seg", "image"), help=f"auto: a label of integers, at most {MAX_CLASSES} distinct ones, is a segmentation")
-    add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"), help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
-    add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
-    add("--votes", type=int, help="colorings (binary: views) whose answers are averaged (default: 8 where training knew such views, else 1)")
-    add("--seed", type=int, default=0, help="of the votes")
-    add("--dataset", metavar="NAME", help="whose colors to use, for a model trained with --coloring predefined")
-    add("--device", help="cpu, mps, cuda ... (default: the best there is)")
-    args = p.parse_args(argv)
-    if (args.votes is not None and args.votes < 1) or args.seed < 0:
-        raise DataError(f"--votes is {args.votes} and --seed {args.seed}: votes are at least 1, seeds not below 0")
-
-    # ---- read everything before anything is computed
-    prompt = readers.read_volume(args.prompt)
-    label = readers.read_volume(args.prompt_label or find_label(args.prompt), mask=args.task != "image")
-    source = readers.read_volume(args.input)
-    readers.check_fit(label, prompt)
-    output = output_path(args.output, source, (source.path, prompt.path, label.path))
+def read_prompt(image, label, args):
+    """An example: (image Volume, label Volume, is it a segmentation?), checked against each other."""
+    volume = readers.read_image(image, args.series)
+    label = readers.read_volume(label or find_label(image), mask=args.task != "image")
+    readers.check_fit(label, volume)
     segmentation = is_segmentation(label, args.task)
     if segmentation and readers.extension(label.path) in (".jpg", ".jpeg"):
         raise DataError(f"{label.path} is a JPEG, which blurs classes into each other: save the mask as PNG")
@@ -352,48 +415,174 @@ def main(argv=None):
         label.array = readers.integer_labels(label.array, label.path)
     elif label.kind == "picture":  # its grays, not the indices of a palette
         label = readers.read_volume(label.path)
-    modalities = [data.guess_modality(v) if args.modality == "auto" else args.modality for v in (prompt, source)]
-    kind = answer_type(label, segmentation, output)
+    return volume, label, segmentation
+
+
+def as_stack(volume, modality, axis):
+    """How a volume is cut, and its slices in [0, 1]."""
+    cut = data.slicing(volume, None if axis == "auto" else AXES.index(axis))
+    return cut, Scaled(cut.cut(volume.array), data.intensity_range(volume, modality))
+
+
+def draw_overlay(path, stack, answer, segmentation, columns=5):
+    """A montage of up to 25 slices: classes laid over the image, or the image beside its answer."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shown = np.flatnonzero([a.any() for a in answer]) if segmentation else np.arange(len(stack))
+    shown = shown if len(shown) else np.arange(len(stack))
+    shown = shown[np.unique(np.linspace(0, len(shown) - 1, min(25, len(shown))).round().astype(int))]
+    rows, classes = -(-len(shown) // columns), np.unique(answer)[1:] if segmentation else ()
+    figure, axes = plt.subplots(rows, min(columns, len(shown)), figsize=(2.2 * min(columns, len(shown)), 2.3 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, k in zip(axes.flat, shown):
+        axis.set_title(f"slice {k}", fontsize=7)
+        axis.imshow(stack[k] if segmentation else np.concatenate([stack[k], data.to_unit(answer[k], (answer.min(), max(answer.max(), answer.min() + 1e-6)))], 1),
+                    cmap="gray", vmin=0, vmax=1)
+        if segmentation:
+            number = np.searchsorted(classes, answer[k])
+            axis.imshow(np.ma.masked_where(answer[k] == 0, number), cmap="tab10" if len(classes) <= 10 else "tab20", alpha=0.5, vmin=0,
+                        vmax=9 if len(classes) <= 10 else 19, interpolation="nearest")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+AXES = ("sagittal", "coronal", "axial")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--prompt", required=True, nargs="+", metavar="FILE", help="image of the example, or of several")
+    add("--prompt_label", nargs="+", metavar="FILE", help="its answer, one for each (default: found beside it)")
+    add("--input", required=True, nargs="+", metavar="FILE", help="images to answer: files, folders of files, folders with a DICOM series")
+    add("--output", help="file to write, or a folder for several (default: <input>_mvg of the same kind, beside the input)")
+    add("--series", help="which series of a DICOM folder: its number or UID (default: the only one)")
+    add("--checkpoint", help="what train.py wrote (default: checkpoints/*.pt, else the newest runs/*/last.pt)")
+    add("--task", default="auto", choices=("auto", "seg", "image"), help=f"auto: a label of integers, at most {MAX_CLASSES} distinct ones, is a segmentation")
+    add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"), help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
+    add("--axis", default="auto", choices=("auto", *AXES), help="how volumes are sliced (auto: across the coarsest axis, as in training)")
+    add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
+    add("--votes", type=int, help="colorings (binary: views) whose answers are averaged (default: 8 where training knew such views, else 1)")
+    add("--neighbours", type=int, default=0, help="prompt slices before and after the matching one that are shown as well")
+    add("--tile", action="store_true", help="look at nine overlapping quarters at twice the resolution")
+    add("--propagate", action="store_true", help="show each slice the answer of the one before (segmentation)")
+    add("--overlay", action="store_true", help="also draw <output>_overlay.png")
+    add("--confidence", action="store_true", help="also write <output>_confidence, the winning class's share of the votes (segmentation)")
+    add("--report", action="store_true", help="also write <output>.json: what was used and assumed, volumes in ml, versions, seconds")
+    add("--seed", type=int, default=0, help="of the votes")
+    add("--dataset", metavar="NAME", help="whose colors to use, for a model trained with --coloring predefined")
+    add("--device", help="cpu, mps, cuda ... (default: the best there is)")
+    args = p.parse_args(argv)
+    if (args.votes is not None and args.votes < 1) or args.seed < 0 or args.neighbours < 0:
+        raise DataError(f"--votes is {args.votes}, --seed {args.seed} and --neighbours {args.neighbours}: votes are at least 1, the others not below 0")
+    if args.prompt_label and len(args.prompt_label) != len(args.prompt):
+        raise DataError(f"{len(args.prompt)} prompts and {len(args.prompt_label)} labels: pass one --prompt_label for each --prompt, in the same order")
+
+    # ---- the examples
+    prompts = [read_prompt(image, label, args) for image, label in zip(args.prompt, args.prompt_label or [None] * len(args.prompt))]
+    segmentation = prompts[0][2]
+    if len({kind for _, _, kind in prompts}) > 1:
+        raise DataError("some prompts are segmentations and some images: prompt one task at a time, or say which with --task")
+    if not segmentation and (args.confidence or args.propagate):
+        raise DataError("--confidence and --propagate are of segmentations, these prompts are images: leave them out")
+    inputs = find_inputs(args.input)
+    several = len(inputs) > 1
+    if several and args.output and not Path(args.output).is_dir():
+        raise DataError(f"--output {args.output} is no folder, and there are {len(inputs)} inputs: make it first")
     checkpoint = args.checkpoint or find_checkpoint()
     device, reason = mvg.pick_device(args.device)
     model = mvg.load(checkpoint, device)
-
-    # ---- one picture language for both
-    cuts = [data.slicing(v) for v in (prompt, source)]
-    images = data.to_unit(cuts[0].cut(prompt.array), data.intensity_range(prompt, modalities[0]))
-    stack = data.to_unit(cuts[1].cut(source.array), data.intensity_range(source, modalities[1]))
-    label_modality = data.guess_modality(label) if args.modality == "auto" else args.modality
-    label_range = None if segmentation else data.intensity_range(label, label_modality)
-    labels = cuts[0].cut(label.array) if segmentation else data.to_unit(cuts[0].cut(label.array), label_range)
-    axes = [("sagittal", "coronal", "axial")[c.axis] for c in cuts]
     print(f"checkpoint {checkpoint}; device {device} ({reason})")
-    print(f"label {label.path}; task {'segmentation' if segmentation else 'image'}; prompt {modalities[0]}, {len(images)} {axes[0]} slices; "
-          f"input {modalities[1]}, {len(stack)} {axes[1]} slices; mode {choose_mode(model, segmentation, args.mode)}")
-    if modalities[0] != modalities[1]:
-        print(f"warning: the prompt looks like {modalities[0]} and the input like {modalities[1]}: pass --modality if that is wrong")
-    if axes[0] != axes[1]:
-        print(f"warning: the prompt has {axes[0]} slices and the input {axes[1]} ones")
-    if not segmentation and label_modality == "ct":
-        print("note: CT is seen through the window [-100, 200] HU, so the answer stays inside it")
-    slices = [(data.matching_slice(k, len(stack), len(images)),) for k in range(len(stack))]
+
+    # ---- each input
+    failed = []
+    for path in inputs:
+        try:
+            answer_file(path, prompts, model, checkpoint, args, several)
+        except DataError as error:
+            if not several:
+                raise
+            failed.append(path)
+            print(f"error: {error}", file=sys.stderr)
+    if failed:
+        raise DataError(f"{len(failed)} of {len(inputs)} inputs have no answer, {failed[0].name} is the first: see above")
+
+
+def answer_file(path, prompts, model, checkpoint, args, several):
+    """Read one input, answer it from the prompts [(image, label, segmentation)], and write what `args` asks for."""
+    start, notes, segmentation = time.time(), [], prompts[0][2]
+
+    def say(text):
+        notes.append(text)
+        print(text)
+
+    source = readers.read_image(path, args.series)
+    written = output_path(args.output, source, [*inputs_of(prompts), Path(path)], several)
+    label = prompts[0][1]
+    kind = answer_type(max((y for _, y, _ in prompts), key=lambda y: y.array.max()) if segmentation else label, segmentation, written)
+    modality = lambda volume: data.guess_modality(volume) if args.modality == "auto" else args.modality
+    cut, stack = as_stack(source, modality(source), args.axis)
+    shown, labels_range = [], None if segmentation else data.intensity_range(label, modality(label))
+    for image, answer, _ in prompts:
+        own, images = as_stack(image, modality(image), args.axis)
+        labels = own.cut(answer.array)
+        shown.append((images, labels if segmentation else Scaled(labels, labels_range)))
+        say(f"label {answer.path}; task {'segmentation' if segmentation else 'image'}; prompt {modality(image)}, {len(images)} {AXES[own.axis]} slices; "
+            f"input {modality(source)}, {len(stack)} {AXES[cut.axis]} slices; mode {choose_mode(model, segmentation, args.mode)}")
+        if modality(image) != modality(source):
+            say(f"warning: the prompt looks like {modality(image)} and the input like {modality(source)}: pass --modality if that is wrong")
+        if own.axis != cut.axis:
+            say(f"warning: the prompt has {AXES[own.axis]} slices and the input {AXES[cut.axis]} ones: --axis chooses for both")
+    if not segmentation and modality(label) == "ct":
+        say("note: CT is seen through the window [-100, 200] HU, so the answer stays inside it")
+    slices = [tuple(data.matching_slice(k, len(stack), len(p[0])) for p in shown) for k in range(len(stack))]
     if segmentation:
-        everywhere, matched = set(np.unique(labels)) - {0}, set(np.unique(labels[sorted({s for s, in slices})])) - {0}
+        there = lambda numbers: {int(v) for (_, y), chosen in zip(shown, numbers) for k in chosen for v in np.unique(y[k])} - {0}
+        everywhere, matched = there([range(len(y)) for _, y in shown]), there([sorted(set(s)) for s in zip(*slices)])
         if not everywhere:
             raise DataError(f"{label.path} is empty: pass a prompt with at least one class")
-        print("classes shown: " + ", ".join(map(str, sorted(matched))))
+        say("classes shown: " + ", ".join(map(str, sorted(matched))))
         if model.meta.get("coloring") == "predefined" and args.dataset not in model.meta["predefined"][0]:
-            print(f"warning: the model knows the colors of {', '.join(model.meta['predefined'][0])} only: pass --dataset, one of them")
+            say(f"warning: the model knows the colors of {', '.join(model.meta['predefined'][0])} only: pass --dataset, one of them")
         if everywhere - matched:
-            print("warning: the prompt slices that match the input lack " + ", ".join(map(str, sorted(everywhere - matched))))
+            say("warning: the prompt slices that match the input lack " + ", ".join(map(str, sorted(everywhere - matched))))
 
     # ---- answer, back on the input's grid
+    confidence = np.zeros(stack.shape, np.float32) if args.confidence else None
     with tqdm(total=len(stack), unit="slice", disable=None) as progress:
-        answer = predict_stack(model, [(images, labels)], stack, segmentation, args.mode, args.votes, args.seed, args.dataset, slices, progress)
+        answer = predict_stack(model, shown, stack, segmentation, args.mode, args.votes, args.seed, args.dataset, slices, progress,
+                               args.neighbours, args.tile, args.propagate, confidence)
     if not segmentation:
-        answer = answer * (label_range[1] - label_range[0]) + label_range[0]
-    answer = answer.astype(kind) if kind.kind == "f" else np.rint(answer).clip(np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
-    write_like(output, np.ascontiguousarray(cuts[1].restore(answer)), source)
-    print(f"wrote {output} ({shape_text(source.array.shape)})")
+        answer = answer * (labels_range[1] - labels_range[0]) + labels_range[0]
+        answer = answer if kind.kind == "f" else np.rint(answer).clip(np.iinfo(kind).min, np.iinfo(kind).max)
+    answer = answer.astype(kind, copy=False)
+    beside = lambda ending: written.with_name(readers.stem(written) + ending)
+    if args.confidence:
+        picture = source.kind == "picture"  # as PNG: 255 is certain
+        write_like(beside("_confidence" + (".png" if picture else readers.extension(written))),
+                   np.ascontiguousarray(cut.restore(np.rint(255 * confidence).astype(np.uint8) if picture else confidence)), source)
+    if args.overlay:
+        draw_overlay(beside("_overlay.png"), stack, answer, segmentation)
+    write_like(written, np.ascontiguousarray(cut.restore(answer)), source)
+    if args.report:
+        voxel = abs(float(np.linalg.det(source.affine[:3, :3]))) / 1000 if source.kind != "picture" else None  # ml
+        counts = dict(zip(*np.unique(answer, return_counts=True))) if segmentation else {}
+        data.write_json(beside(".json"), {
+            "input": str(path), "output": str(written), "prompts": [{"image": str(x.path), "label": str(y.path)} for x, y, _ in prompts],
+            "task": "segmentation" if segmentation else "image", "modality": modality(source), "axis": AXES[cut.axis],
+            "prompt_slices": [list(s) for s in slices],
+            "classes": {str(int(c)): {"voxels": int(n), **({"ml": round(n * voxel, 4)} if voxel else {})} for c, n in counts.items() if c},
+            "said": notes, "options": {k: v for k, v in vars(args).items() if k not in ("prompt", "prompt_label", "input", "output")},
+            "checkpoint": str(checkpoint), "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "seconds": round(time.time() - start, 2)})
+    print(f"wrote {written} ({shape_text(source.array.shape)})")
+
+
+def inputs_of(prompts):
+    return [volume.path for image, label, _ in prompts for volume in (image, label)]
 
 
 if __name__ == "__main__":

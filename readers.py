@@ -129,6 +129,55 @@ def read_volume(path, channel=None, mask=False):
     return volume
 
 
+def read_image(path, series=None):
+    """Read a file as `read_volume` does, or a folder with a DICOM series as one volume that is written as NIfTI, in HU where it is CT.
+
+    series: number or UID of one of several. Raises DataError for a folder without a series, with several and none chosen, or with gaps.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_volume(path)
+    import nibabel
+    import SimpleITK as sitk
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    with quiet():
+        names = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), uid) for uid in sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))}
+    if not names:
+        raise DataError(f"{path} holds no DICOM series: name a file, or the folder with the series' files")
+    listed = "; ".join(f"{i + 1}: {len(files)} files, {uid}" for i, (uid, files) in enumerate(names.items()))
+    uid = series if series in names else list(names)[int(series) - 1] if series and series.isdigit() and 1 <= int(series) <= len(names) else None
+    if series and uid is None:
+        raise DataError(f"{path} has no series {series!r} but {listed}: pass one of their numbers")
+    if uid is None and len(names) > 1:
+        raise DataError(f"{path} has {len(names)} series ({listed}): choose one with --series")
+    files = names[uid or next(iter(names))]
+    slices = sorted((read_volume(f) if Path(f).suffix.lower() in DICOM else _read_itk(Path(f), None, False) for f in files),
+                    key=lambda v: v.affine[:3, 3] @ np.cross(v.affine[:3, 0], v.affine[:3, 1]))
+    if len({(v.array.shape, *np.round(v.affine[:3, :2], 3).ravel()) for v in slices}) > 1:
+        raise DataError(f"{path} holds slices of different sizes or directions: name the folder of one series")
+    affine = slices[0].affine.copy()
+    if len(slices) > 1:
+        steps = np.diff([v.affine[:3, 3] for v in slices], axis=0)
+        lengths = np.linalg.norm(steps, axis=1)
+        if lengths.min() < 1e-3 or lengths.max() > 1.5 * np.median(lengths):
+            raise DataError(f"{path}: its {len(slices)} slices are {lengths.min():.2f} to {lengths.max():.2f} mm apart: files are missing, or two series are mixed")
+        affine[:3, 2] = steps.mean(0)
+    array = np.concatenate([v.array for v in slices], axis=2)
+    return Volume(array, affine, path, "nifti", nibabel.Nifti1Image(array, affine).header)
+
+
+def is_dicom(folder):
+    """Does a folder hold a DICOM file? Known by its ending or by the letters after its first 128 bytes."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            if file.suffix.lower() in DICOM:
+                return True
+            if not extension(file):
+                with open(file, "rb") as content:
+                    return content.read(132)[128:] == b"DICM"
+    return False
+
+
 @contextmanager
 def quiet():
     """Keep the libraries' own remarks off the terminal: what matters of them is in the error's one line."""

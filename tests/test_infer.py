@@ -216,6 +216,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, checkpoint, capsys
     (tmp_path / "no.pt").write_bytes(b"no checkpoint")
     rgb = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     nibabel.save(nibabel.Nifti1Image(rgb, np.eye(4)), tmp_path / "rgb.nii.gz")
+    (tmp_path / "emptied").mkdir(), (tmp_path / "series").mkdir()
+    (tmp_path / "series" / "1.dcm").write_bytes(b"no DICOM")
     before = sorted(p.name for p in tmp_path.iterdir())
     t = lambda name: tmp_path / name
     for changed, words in (
@@ -239,13 +241,18 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, checkpoint, capsys
         ({"--output": t("nowhere/out.nii.gz")}, "there is no folder"),
         ({"--output": t("a.nii.gz")}, "is one of the inputs"),
         ({"--output": t("a_label.nii.gz")}, "is one of the inputs"),
-        ({"--output": tmp_path}, "cannot hold the answer"),
+        ({"--output": t("note.txt")}, "cannot hold the answer"),
+        ({"--prompt_label": t("a.nii.gz"), "--task": "seg"}, "which is no class"),
+        ({"--confidence": None, "--task": "image"}, "are of segmentations"),
+        ({"--neighbours": "-1"}, "not below 0"),
+        ({"--input": t("emptied")}, "holds no image"),
+        ({"--input": t("series")}, "DICOM"),
         ({"--prompt_label": t("negative.nii.gz")}, "label -1"),
         ({"--device": "cuda:7"}, "cuda:7"),
         ({"--votes": "0"}, "at least 1"),
     ):
         argv = {"--prompt": good[0], "--input": good[0], "--checkpoint": checkpoint, **changed}
-        assert words in failure(capsys, infer.main, *[x for pair in argv.items() for x in pair]), changed
+        assert words in failure(capsys, infer.main, *[x for pair in argv.items() for x in pair if x is not None]), changed
         assert sorted(p.name for p in tmp_path.iterdir()) == before, changed
 
 
