@@ -160,7 +160,9 @@ def blobs(shape, rng):
 
 @pytest.mark.parametrize("shape", ((30, 41, 7), (21, 40, 1), (7, 513, 31)), ids=lambda s: "x".join(map(str, s)))
 def test_round_trips_of_all_storage_orders(tmp_path, wide_echo, shape, monkeypatch):
-    """The mask comes back voxel by voxel where a slice is no larger than the model's image, else its objects are where they were."""
+    """The mask comes back voxel by voxel where a slice is no larger than the model's image, else its objects are where they were, to half a pixel of the
+    model (1.1 voxels here) and, being rounded to whole voxels, half a voxel."""
+    pixel, apart, overlaps = max(1, max(shape[:2]) / 448), [], []
     rng = np.random.default_rng(0)
     tilt = np.linalg.qr(np.eye(3) + 0.15 * rng.normal(size=(3, 3)))[0]
     tilt *= np.sign(np.diag(tilt))
@@ -181,9 +183,10 @@ def test_round_trips_of_all_storage_orders(tmp_path, wide_echo, shape, monkeypat
         for c in (1, 2, 3):
             a, b = np.argwhere(found == c), np.argwhere(truth == c)
             if len(b):
-                assert np.abs(a.mean(0) - b.mean(0)).max() <= 0.5, (codes, c)
-                n = np.ptp(b[:, np.argmax(truth.shape)]) + 1  # along the side that is shrunk: at most one row of n is lost, Dice 0.98 from 26 rows on
-                assert 2 * ((found == c) & (truth == c)).sum() / (len(a) + len(b)) >= 2 * (n - 1) / (2 * n - 1) - 1e-9, (codes, c)
+                apart.append(np.abs(a.mean(0) - b.mean(0)).max())
+                overlaps.append(2 * ((found == c) & (truth == c)).sum() / (len(a) + len(b)))
+    print(f"{len(apart)} objects: centroids {np.mean(apart):.2f} voxels apart, at most {max(apart):.2f}; Dice {np.mean(overlaps):.3f}, at least {min(overlaps):.3f}")
+    assert max(apart) <= (pixel + 1) / 2 and np.mean(apart) < 0.25 and np.mean(overlaps) > 0.98 and min(overlaps) > 0.93
 
 
 def test_the_slice_axis_can_be_chosen(tmp_path, echo, capsys):
