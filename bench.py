@@ -7,6 +7,7 @@ the same width, depth, image and batch: `authors` (two stacks fused after an eig
 positions, the attention matrix materialised, both halves decoded), which the ratio is against, and `sequence` (the
 literal four images, one attention under a mask). Floating-point operations are counted and set beside the device's measured matrix rate.
 infer_cached: a further slice of a volume, its prompt encoded before, against the authors' way, the sequence, and encoding the prompt again.
+volume: a volume of 100 slices of 256 x 256, three classes, one coloring, as infer.py answers it: files aside, with 100 prompt slices and with one.
 loader: steps fed by the real loader from a prepared store, against the same steps on one batch that stays.
 memory: the peak of a training step, computed without running it (see `cost`), against the authors' way.
 store: a training sample (512 -> 448) from the prepared store against reading one 512x512x100 .nii.gz, which it costs without.
@@ -34,7 +35,7 @@ import data
 import mvg
 import synthetic
 
-PARTS = ("train_step", "infer_cached", "loader", "memory", "store", "synthetic")
+PARTS = ("train_step", "infer_cached", "volume", "loader", "memory", "store", "synthetic")
 HYBRID = {"mim": 0.45, "ar": 0.55}  # how often a step of the paper's recipe has each objective
 
 
@@ -275,6 +276,19 @@ def infer_cached(config, device, batch, repeats, bf16):
     return result
 
 
+def volume(config, device):
+    """Seconds for 100 slices: each with a prompt slice of its own (ours), and all with the same one, whose cache they share (shared)."""
+    import infer
+    rng, model, seconds = np.random.default_rng(0), mvg.MVG(config).to(device).eval(), {}
+    stack, label = rng.random((100, 256, 256), dtype=np.float32), np.zeros((100, 256, 256), np.uint8)
+    label[:, 40:100, 40:100], label[:, 120:200, 60:120], label[:, 60:160, 160:220] = 1, 2, 3
+    for name, prompt in (("ours_s", slice(None)), ("shared_s", slice(1))):
+        start = time.perf_counter()
+        infer.predict_stack(model, [(stack[prompt], label[prompt])], stack, True, votes=1)
+        seconds[name] = round(time.perf_counter() - start, 3)
+    return {**seconds, "ratio": round(seconds["ours_s"] / seconds["shared_s"], 2)}
+
+
 def small_store(folder):
     """A prepared store of two CT cases of 512x512x100, and the path of a scan."""
     import nibabel
@@ -369,6 +383,7 @@ def main(argv=None):
     config = mvg.build(args.model, args.image_size, args.layout).config
     parts = {"train_step": lambda: train_step(config, device, args.batch_size, args.repeats, bf16, args.compile, args.recompute),
              "infer_cached": lambda: infer_cached(config, device, args.batch_size, args.repeats, bf16),
+             "volume": lambda: volume(config, device),
              "loader": lambda: loader(config, device, args.batch_size, args.repeats, bf16, args.workers),
              "memory": lambda: memory(config, args.batch_size, bf16), "store": lambda: from_store(args.repeats),
              "synthetic": lambda: synthetic_rate(config.image_size)}

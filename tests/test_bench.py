@@ -19,6 +19,7 @@ def test_bench_reports_ratios(capsys):
     assert list(result) == list(bench.PARTS)
     for r in (result["train_step"], result["infer_cached"], *result["infer_cached"]["again"].values(), result["loader"], result["store"]):
         assert r["ours_s"] > 0 and r["reference_s"] > 0 and r["ratio"] > 0
+    assert result["volume"]["ours_s"] >= result["volume"]["shared_s"] / 2 > 0
     assert 0 < result["train_step"]["utilisation"] < 1 and result["synthetic"]["samples_per_second"] > 0
     assert 0 < result["memory"]["recomputed_gb"] < result["memory"]["ours_gb"]
 
