@@ -177,11 +177,12 @@ def read_slices(case, numbers):
     return np.stack(images), np.stack(labels), None if valid[0] is None else np.stack(valid)
 
 
-def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="auto", others=(), wrong=False, prompts=1):
+def answer_case(model, case, training, dataset, slices, seed, others=(), wrong=False, prompts=1, **how):
     """Predict the kept slices of a case and copy its prompt; all that `score` and the figures need, (K, H, W) each.
 
     The prompt is drawn from (seed, case), whatever other cases are scored. wrong: also answer prompts that should be of no use: of a case of
-    another dataset (one of `others`), with every class called the next one, and without any answer (no class; a black image). prompts: how many training cases are shown. A U-Net takes no prompt.
+    another dataset (one of `others`), with every class called the next one, and without any answer (no class; a black image). prompts: how many training cases are shown;
+    how: votes, mode, neighbours, tile, propagate of `infer.predict_stack`. A U-Net takes no prompt.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{dataset.name}/{case.name}".encode())])
     shown = [data.evaluation_prompt(training, case, rng, slices)]
@@ -195,7 +196,7 @@ def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="
         return images, pick(labels), valid
 
     def ask(*pairs):
-        return infer.predict_stack(model, list(pairs), images, dataset.colored, mode, votes, seed, dataset.name)
+        return infer.predict_stack(model, list(pairs), images, dataset.colored, seed=seed, dataset=dataset.name, **how)
 
     images, truth, valid = pair(case)
     (prompt_images, prompt_labels), *more = [pair(c)[:2] for c in shown]
@@ -209,7 +210,7 @@ def answer_case(model, case, training, dataset, slices, seed, votes=None, mode="
             following = np.arange(256, dtype=np.uint8)
             following[classes] = np.roll(classes, -1)
             answers["other_class"] = ask((prompt_images, following[prompt_labels]))
-        answers["empty"] = (answer_without_label(model, prompt_images, classes, images, votes, mode, seed, dataset.name) if dataset.colored
+        answers["empty"] = (answer_without_label(model, prompt_images, classes, images, how.get("votes"), how.get("mode", "auto"), seed, dataset.name) if dataset.colored
                             else ask((prompt_images, np.zeros_like(prompt_labels))))
     side = (model.config.image_size,) * 2
     seen = data.resize_images(data.resize_images(torch.from_numpy(images), side), images.shape[1:]).numpy()  # as sharp as an answer
@@ -308,6 +309,9 @@ def main(argv=None):
     add("--prompts", type=int, default=1, help="training cases shown (paper: 1)")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained (ours: ar for segmentation, canvas for images)")
     add("--votes", type=int, help="colorings (binary: views) averaged (paper: 1; default: 8 where training knew such views, else 1)")
+    add("--neighbours", type=int, default=0, help="this and the next two: as in infer.py (paper: none)")
+    add("--tile", action="store_true", help="nine overlapping quarters at twice the resolution")
+    add("--propagate", action="store_true", help="show each slice the answer of the one before")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     add("--compare", nargs="+", metavar="NAME=RUN[,RUN]", help="score nothing, put finished runs side by side (their eval/results.json); several of one name are one column")
@@ -317,8 +321,10 @@ def main(argv=None):
     for name in ("votes", "max_cases", "prompts"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise DataError(f"--{name} is {getattr(args, name)}: it must be at least 1")
-    if args.seed < 0:
-        raise DataError(f"--seed is {args.seed}: it must not be below 0")
+    for name in ("seed", "neighbours"):
+        if getattr(args, name) < 0:
+            raise DataError(f"--{name} is {getattr(args, name)}: it must not be below 0")
+    how = {name: getattr(args, name) for name in ("votes", "mode", "neighbours", "tile", "propagate")}
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         dist.init_process_group("gloo")
@@ -343,7 +349,7 @@ def main(argv=None):
             say(f"{name}: not scored, it has no {args.split} case with a training case of another patient")
         todo |= {(name, c.name): c for c in cases[:args.max_cases]}
     about = {"checkpoint": str(checkpoint), "modified": checkpoint.stat().st_mtime, "store": str(store.root), "slices": args.slices, "seed": args.seed, "prompts": args.prompts,
-             "votes": args.votes, "mode": args.mode, "wrong_prompt": args.wrong_prompt}
+             "wrong_prompt": args.wrong_prompt, **how}
     ledger, done = out / "scores.jsonl", {}
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -366,7 +372,7 @@ def main(argv=None):
     for name, case_name in tqdm(left[rank::ranks], unit="case", disable=None if rank == 0 else True, leave=False):
         case, dataset, line = todo[name, case_name], store.datasets[name], {"dataset": name, "case": case_name}
         try:
-            answer = answer_case(model, case, training[name], dataset, args.slices, args.seed, args.votes, args.mode, others(name), args.wrong_prompt, args.prompts)
+            answer = answer_case(model, case, training[name], dataset, args.slices, args.seed, others(name), args.wrong_prompt, args.prompts, **how)
             kinds = [k for k in ("prediction", "copy", *WRONG) if k in answer]
             line |= {"patient": case.patient, "prompt": answer["prompt"], "scores": {k: score(answer[k], answer, dataset) for k in kinds}}
         except (ValueError, OSError, RuntimeError) as error:
@@ -393,7 +399,7 @@ def main(argv=None):
         for kind in r.get("ignored", ()):
             print(f"{name}: the score does not fall with a prompt that is wrong ({WRONG[kind]}): the model ignores its prompt, or has nothing to lose")
     draw_scores(out / "scores.png", results)
-    draw_examples(out, results, lambda name, case: answer_case(model, todo[name, case], training[name], store.datasets[name], args.slices, args.seed, args.votes, args.mode, prompts=args.prompts),
+    draw_examples(out, results, lambda name, case: answer_case(model, todo[name, case], training[name], store.datasets[name], args.slices, args.seed, prompts=args.prompts, **how),
                   store.datasets)
     bad = sum(r["failed"] for r in results.values())
     print(f"wrote {', '.join(str(out / n) for n in ('results.json', 'cases.csv', 'tables.md', 'scores.png', 'examples.png'))}"

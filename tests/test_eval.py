@@ -223,9 +223,17 @@ def test_wrong_prompts(store, checkpoint, tmp_path, monkeypatch, capsys):
     assert "la: the score does not fall with a prompt that is wrong (other dataset)" in capsys.readouterr().out
 
 
+def test_options_of_inference_are_passed_on(store, checkpoint, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(infer, "predict_stack", lambda model, prompts, stack, *rest, **how: asked.append(how) or np.zeros(stack.shape, np.uint8))
+    evaluation.main(["--store", str(store.root), "--checkpoint", str(checkpoint), "--datasets", "la", "--max_cases", "1", "--out", str(tmp_path), "--votes", "3", "--mode", "canvas",
+                     "--neighbours", "2", "--tile", "--propagate"])
+    assert asked[0].items() >= dict(votes=3, mode="canvas", neighbours=2, tile=True, propagate=True).items()
+
+
 def test_several_prompts_are_of_other_patients(store, checkpoint, monkeypatch):
     seen, model = [], mvg.load(checkpoint)
-    monkeypatch.setattr(infer, "predict_stack", lambda model, prompts, stack, *rest: seen.append(prompts) or np.zeros(stack.shape, np.uint8))
+    monkeypatch.setattr(infer, "predict_stack", lambda model, prompts, stack, *rest, **how: seen.append(prompts) or np.zeros(stack.shape, np.uint8))
     dataset, training, case = store.datasets["acdc"], store.split("acdc", "train"), store.split("acdc", "test")[0]
     one, three = (evaluation.answer_case(model, case, training, dataset, "foreground", 0, prompts=n)["prompt"].split() for n in (1, 3))
     assert len(seen[0]) == 1 and len(seen[1]) == 3 and one == three[:1]
