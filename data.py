@@ -931,7 +931,8 @@ class Episodes(torch.utils.data.Dataset):
                                 f"{type(error).__name__}: {error}") from error
             images, labels, valid = (torch.stack([p[j] for p in pairs])[:, None] for j in range(3))
             if self.augment and rng.random() < self.augment:
-                images, labels, valid = augment(images, labels, valid, group, rng)
+                alone = all(case is cases[at] for case, _ in chosen)
+                images, labels, valid = augment(images, labels, valid, group, rng, 4 if alone else 1)
         shown = np.unique(labels[:-1].numpy()).astype(int) if group else []
         palette = make_palette([c for c in shown if c], self.coloring, rng, name, self.predefined)
         N = (self.image_size // self.patch) ** 2
@@ -970,20 +971,20 @@ class Episodes(torch.utils.data.Dataset):
         return tuple(t[y:y + size, x:x + size].contiguous() for t in (image, label, valid))
 
 
-def augment(images, labels, valid, colored, rng):
+def augment(images, labels, valid, colored, rng, apart=1):
     """Another task made of the pairs (S, 1, H, W) of a sample, so that few datasets teach more than themselves (ours; the idea
     is the task augmentation of UniverSeg, Butoi et al. 2023).
 
     All pairs alike are mirrored and turned by quarters. With classes, all are also zoomed and get the same random curve of
     intensities, which makes other contrasts of the same anatomy; each is turned, moved, zoomed and brightened a little; and
-    half of the time only some of the classes are asked for.
+    half of the time only some of the classes are asked for. apart: how much more than a little, so that a case that prompts itself teaches more than copying.
     """
     S = len(images)
     zoom, move, turn, fine = np.ones(S), np.zeros((S, 2)), np.full(S, rng.integers(4) * np.pi / 2), colored
     mirror = rng.choice([-1, 1])
     if fine:
-        zoom = np.exp(rng.uniform(-0.5, 0.15) + rng.normal(0, 0.08, S))
-        move, turn = rng.uniform(-0.15, 0.15, 2) + rng.normal(0, 0.06, (S, 2)), turn + rng.normal(0, 0.12, S)
+        zoom = np.exp(rng.uniform(-0.5, 0.15) + rng.normal(0, 0.08 * apart, S))
+        move, turn = rng.uniform(-0.15, 0.15, 2) + rng.normal(0, 0.06 * apart, (S, 2)), turn + rng.normal(0, 0.12 * apart, S)
     c, s = np.cos(turn) * zoom, np.sin(turn) * zoom
     theta = torch.from_numpy(np.stack([np.stack([c * mirror, -s, move[:, 0]], -1), np.stack([s * mirror, c, move[:, 1]], -1)], 1)).float()
     grid = F.affine_grid(theta, images.shape, align_corners=False)
