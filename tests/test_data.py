@@ -172,6 +172,28 @@ def test_augment_keeps_image_and_label_together():
                 inside, outside = x[y > 0].median(), x[y == 0].median()
                 assert ((x - inside).abs() < (x - outside).abs())[y > 0].float().mean() > 0.8 or abs(inside - outside) < 0.15
 
+
+def test_a_case_that_prompts_itself_is_moved_apart():
+    """Copying the prompt's label must not answer the question where both are one slice."""
+    labels, rng, shared = torch.zeros(2, 1, 64, 64), np.random.default_rng(0), {1: [], 4: []}
+    labels[:, :, 22:42, 26:38] = 1
+    for apart, values in shared.items():
+        for _ in range(60):
+            a, b = (x > 0 for x in data.augment(labels, labels, torch.ones(labels.shape, dtype=torch.uint8), True, rng, apart)[1])
+            values.append(float((a & b).sum() / (a | b).sum().clamp(min=1)))
+    assert np.mean(shared[1]) > 0.5 and np.mean(shared[4]) < 0.35
+
+
+def test_few_shot_asks_for_it(store, monkeypatch):
+    asked, real = [], data.augment
+    monkeypatch.setattr(data, "augment", lambda *a: asked.append(a[-1]) or real(*a))
+    for few, apart in ((1, 4), (3, 1)):
+        asked.clear()
+        episodes = data.Episodes(data.Store(store.root, ["msd_hippocampus"]), 64, 8, 8, augment=1.0, few=few)
+        episodes[0, 0]
+        assert asked == [apart]
+
+
 def same(a, b):
     return all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a) and a.keys() == b.keys()
 
