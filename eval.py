@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import os
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -543,7 +544,8 @@ def compare(columns, out=None):
 
 def plotting():
     import matplotlib
-    matplotlib.use("Agg")
+    if "matplotlib.pyplot" not in sys.modules:  # a notebook keeps its own
+        matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
 
