@@ -47,7 +47,8 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     for source in ROOT.iterdir():
         if source.suffix == ".py" or source.name == "README.md":
             shutil.copy(source, tmp_path)
-    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
+    for folder in ("checkpoints", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     notebook = nbformat.read(path, 4)
