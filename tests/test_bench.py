@@ -13,6 +13,7 @@ import mvg
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_bench_reports_ratios(capsys):
     bench.main(["--model", "demo", "--image_size", "32", "--batch_size", "16", "--repeats", "1", "--workers", "0", "--json"])
     result = json.loads(capsys.readouterr().out)
