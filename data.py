@@ -883,8 +883,14 @@ class Episodes(torch.utils.data.Dataset):
         self.seg_share = 1.0 if not self.groups[False] else 0.0 if not self.groups[True] else seg_share
 
     def _weights(self, names, rule):
-        """How likely each dataset of a group is; the procedural tasks have `synthetic_share` of it, if that is given."""
-        size = np.array([self._size(n) if rule == "size" else 1.0 for n in names])
+        """How likely each dataset of a group is: equally, by size, or equally times the factors of a rule such as "acdc=2,la=0.5"; the procedural tasks have `synthetic_share` of it, if that is given."""
+        try:
+            factors = {} if rule in ("equal", "size") else {n: float(f) for n, f in (part.split("=") for part in rule.split(","))}
+        except ValueError:
+            factors = {rule: 0}
+        if wrong := [n for n, f in factors.items() if n not in self.names or not 0 < f < 1e6]:
+            raise DataError(f"--dataset_weights has {wrong[0]!r}: write equal, size, or factors above 0 of datasets that are here, such as {self.names[0]}=2")
+        size = np.array([self._size(n) if rule == "size" else factors.get(n, 1.0) for n in names])
         if self.synthetic_share is not None and SYNTHETIC in names and len(names) > 1:
             size = np.append(size[:-1] / size[:-1].sum() * (1 - self.synthetic_share), self.synthetic_share)  # it is the last one
         return size / size.sum() if len(names) else size

@@ -40,6 +40,7 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.25  # ours; one channel, so no ImageNet statistic
 ROPE_BASE = 100.0                  # ours; the slowest rotation turns by about a quarter over a 28-token side
 IMAGE, LABEL = 0, 1                # streams
 PROMPT, QUERY = 0, 1               # roles of a pair
+BLURS = (1, 3, 5)                  # ours; sides in pixels of the squares over which the head's skip averages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,25 +153,40 @@ class Block(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Four feature maps -> pixels: "two convolution layers ... four feature maps" (section 3.3)."""
+    """Four feature maps -> pixels: "two convolution layers ... four feature maps" (section 3.3).
 
-    def __init__(self, width, patch, channels, outputs):
+    stride: pixels a feature is wide, 1 or, cheaper, more. skip (ours): the convolution also sees the pixels that are visible, and each half of a pair
+    is painted as a value plus shares, one a blur, of the visible other half, so that the detail of an image need not pass through the tokens.
+    """
+
+    def __init__(self, width, patch, channels, outputs, stride=1, skip=False):
         super().__init__()
-        self.patch, self.channels = patch, channels
+        self.side, self.channels, self.outputs, self.stride, self.skip = patch // stride, channels, outputs, stride, skip
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
-        self.expand = nn.Linear(4 * width, patch * patch * channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.expand = nn.Linear(4 * width, self.side ** 2 * channels)
+        self.conv = nn.Conv2d(channels + 2 * skip, channels, 3, padding=1)
         self.norm = nn.LayerNorm(channels)
-        self.out = nn.Linear(channels, outputs)  # a 1x1 convolution, channels last
+        self.out = nn.Linear(channels, outputs * (1 + len(BLURS) * skip))  # a 1x1 convolution, channels last; the values first
 
-    def forward(self, taps, h, w):
-        """4 x (M, N, D) -> (M, outputs, H, W)"""
-        P, C = self.patch, self.channels
+    def forward(self, taps, h, w, seen=None):
+        """4 x (M, N, D), with skip the visible pixels (M, 2, H, W) of image and label, 0 where hidden -> (M, outputs, H, W)"""
+        P, C = self.side, self.channels
         x = self.expand(torch.cat([norm(tap) for norm, tap in zip(self.norms, taps)], -1))  # (M, N, P*P*C)
-        x = x.view(-1, h, w, P, P, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, h * P, w * P, C)  # (M, H, W, C)
-        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last throughout
-        x = self.out(F.gelu(self.norm(x)))  # (M, H, W, outputs)
-        return x.permute(0, 3, 1, 2)
+        x = x.view(-1, h, w, P, P, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, h * P, w * P, C)  # (M, H / stride, W / stride, C)
+        x = x.permute(0, 3, 1, 2)  # channels last throughout
+        if self.stride > 1:
+            x = F.interpolate(x, scale_factor=self.stride, mode="nearest")
+        if self.skip:
+            x = torch.cat([x, seen.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last)
+        x = self.conv(x).permute(0, 2, 3, 1)
+        x = self.out(F.gelu(self.norm(x))).permute(0, 3, 1, 2)  # (M, outputs (1 + blurs), H, W)
+        if not self.skip:
+            return x
+        other, painted = seen.flip(1), x[:, :self.outputs]
+        for i, size in enumerate(BLURS, 1):
+            blurred = other if size == 1 else F.avg_pool2d(other, size, 1, size // 2, count_include_pad=False)
+            painted = painted + x[:, i * self.outputs:(i + 1) * self.outputs] * blurred
+        return painted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +208,8 @@ class Config:
     mlp_ratio: float = 4.0
     drop_path: float = 0.1         # authors
     max_prompts: int = 1           # most prompts seen in training; paper: 1
+    head_stride: int = 1           # pixels a feature of the head is wide (ours)
+    skip: bool = False             # the head sees the visible pixels (ours)
 
     def __post_init__(self):
         self.fuse_at = self.fuse_at or max(2, self.depth // 8)
@@ -199,6 +217,10 @@ class Config:
             raise ValueError(f"layout is {self.layout!r}: choose fused or sequence")
         if self.positions not in ("rope", "learned"):
             raise ValueError(f"positions is {self.positions!r}: choose rope or learned")
+        if self.patch % self.head_stride:
+            raise ValueError(f"head_stride {self.head_stride} does not divide the patch size {self.patch}")
+        if self.skip and self.layout != "fused":
+            raise ValueError("skip needs the fused layout, where a token paints both halves of a pair")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is no multiple of the patch size {self.patch}: "
                              f"choose {self.image_size // self.patch * self.patch or self.patch}")
@@ -224,7 +246,7 @@ class MVG(nn.Module):
         self.first_block = c.fuse_at if c.layout == "fused" else 0  # features before fusion are of half a pair: no taps
         self.taps = [max(self.first_block, (k + 1) * c.depth // 4 - 1) for k in range(4)]  # evenly spaced
         # A fused token paints its image patch and its label patch, an element of the sequence only itself.
-        self.head = ConvHead(c.width, c.patch, c.head_channels, outputs=2 if c.layout == "fused" else 1)
+        self.head = ConvHead(c.width, c.patch, c.head_channels, 2 if c.layout == "fused" else 1, c.head_stride, c.skip)
         for parameter in (self.position, self.stream, self.role, self.mask_token):
             nn.init.normal_(parameter, std=0.02)
         self.apply(self._init)
@@ -287,10 +309,13 @@ class MVG(nn.Module):
         rate = torch.linspace(0, self.config.drop_path, self.config.depth, device=drop.device)[:, None]
         return (drop >= rate) / (1 - rate)
 
-    def _paint(self, features, size):
-        """4 x (B, E, N, D) -> (B, E, outputs, H, W)"""
+    def _paint(self, features, size, images, labels=None):
+        """4 x (B, E, N, D), and what is visible of the pairs' images and labels, (B, E, 1, H, W) each -> (B, E, outputs, H, W)"""
         B, E = features[0].shape[:2]
-        return self._again(self.head, [f.flatten(0, 1) for f in features], *size).unflatten(0, (B, E))
+        seen = None
+        if self.config.skip:
+            seen = torch.cat([images, torch.zeros_like(images) if labels is None else labels], 2).flatten(0, 1)
+        return self._again(self.head, [f.flatten(0, 1) for f in features], *size, seen).unflatten(0, (B, E))
 
     # ---- objective 1: masked image modeling
 
@@ -309,11 +334,12 @@ class MVG(nn.Module):
             x, _, _ = self._run(x, [((0, 1), (0, 1)), ((2, 3), (2, 3))], 0, self.config.fuse_at, size, keep=keep)
             x = (x[:, :2] + x[:, 2:]) / 2 + self.role[:, None]  # two pairs, prompt and query
             _, features, _ = self._run(x, [((0, 1), (0, 1))], self.config.fuse_at, depth, size, keep=keep)
-            painted = self._paint(features, size).flatten(1, 2).unsqueeze(2)  # (B, 2, 2, H, W) -> (B, 4, 1, H, W)
+            seen = elements * (1 - self.to_pixels(hidden, elements)) if self.config.skip else elements
+            painted = self._paint(features, size, seen[:, 0::2], seen[:, 1::2]).flatten(1, 2).unsqueeze(2)  # (B, 2, 2, H, W) -> (B, 4, 1, H, W)
         else:
             x = torch.stack([images, labels], 2) + self.role[:, None, None]  # (B, pair, stream, N, D)
             _, features, _ = self._run(x.flatten(1, 2), [((0, 1, 2, 3), (0, 1, 2, 3))], 0, depth, size, keep=keep)
-            painted = self._paint(features, size)  # (B, 4, 1, H, W)
+            painted = self._paint(features, size, elements)  # (B, 4, 1, H, W)
         return to_canvas(painted.contiguous())
 
     # ---- objective 2: autoregressive, next-image prediction
@@ -327,7 +353,7 @@ class MVG(nn.Module):
         S = images.shape[1]
         h, w = size = self._size(images)
         keep, depth, asked = self._keep(drop), self.config.depth, range(min(1, S - 1), S)
-        images = self.place(self.patchify(images), IMAGE, h, w)  # (B, S, N, D)
+        pixels, images = images[:, asked.start:], self.place(self.patchify(images), IMAGE, h, w)  # (B, S, N, D)
         labels = self.place(self.patchify(labels[:, :-1]), LABEL, h, w) if S > 1 else images[:, :0]  # (B, n, N, D)
         if self.config.layout == "sequence":
             x = [e for pair in zip(images.unbind(1), labels.unbind(1)) for e in pair] + [images[:, -1]]
@@ -335,7 +361,7 @@ class MVG(nn.Module):
             x = torch.stack(x, 1) + self.role[roles, None]  # (B, 2S - 1, N, D)
             plan = [((e,), range(e + 1)) for e in range(2 * S - 1)]
             _, features, _ = self._run(x, plan, 0, depth, size, keep=keep)
-            painted = self._paint([f[:, 2 * asked.start::2] for f in features], size)
+            painted = self._paint([f[:, 2 * asked.start::2] for f in features], size, pixels)
             return painted + 0 * self.mask_token.sum()  # no placeholder here, yet never a parameter without gradient
         n, Q = S - 1, len(asked)
         x = torch.cat([images, labels, self._blank(images, Q, h, w)], 1)  # S images, n labels, Q hidden labels
@@ -348,7 +374,7 @@ class MVG(nn.Module):
         plan = [((j,), range(j + 1)) for j in range(n)]
         plan += [((n + q,), [*range(i), n + q]) for q, i in enumerate(asked)]
         _, features, _ = self._run(torch.cat([context, query], 1), plan, self.config.fuse_at, depth, size, keep=keep)
-        return self._paint([f[:, n:] for f in features], size)[:, :, LABEL:]  # (B, Q, 1, H, W)
+        return self._paint([f[:, n:] for f in features], size, pixels)[:, :, LABEL:]  # (B, Q, 1, H, W)
 
     def _blank(self, like, count, h, w):
         """Labels of which every patch is hidden, (B, count, N, D)."""
@@ -358,7 +384,7 @@ class MVG(nn.Module):
     # ---- the loss
 
     def forward(self, images, labels, objective, hidden=None, colored=None, valid=None, first=None, drop=None,
-                loss="smooth_l1", beta=0.01, background_weight=0.1):
+                loss="smooth_l1", beta=0.01, background_weight=0.1, balance=False):
         """The training loss of a batch, every sample normalised by its own weights, then averaged.
 
         images, labels (B, S, 1, H, W) in [0, 1]; valid the same shape, 0 where a label has no truth
@@ -366,6 +392,7 @@ class MVG(nn.Module):
         colored     (B,) bool: the labels are colored masks, their background (0) counts `background_weight` (authors: 0.1)
         first       (b,) int: the samples that are also asked for their first label, without context (ar only)
         drop        (B, depth, 2) uniform numbers for drop path, None for none
+        balance     a colored sample of small organs counts as if they filled a tenth of its images, at most ten times (ours)
         Returns (loss, loss of every sample (B,) detached, {term: its mean, detached}).
         """
         weight = torch.ones_like(labels) if valid is None else valid.to(labels.dtype)
@@ -397,6 +424,9 @@ class MVG(nn.Module):
         else:
             raise ValueError(f"objective is {objective!r}: choose mim or ar")
         sample = error.sum(1) / weight.sum(1).clamp(min=1e-6)  # (B,)
+        if balance and colored is not None:  # an organ of a hundredth of the image would else teach a hundredth
+            filled = (labels != 0).flatten(1).float().mean(1).clamp(0.01, 0.1)
+            sample = torch.where(colored, sample * 0.1 / filled, sample)
         terms = {k: (error[:, i].sum() / weight[:, i].sum().clamp(min=1e-6)).detach() for i, k in enumerate(names)}
         return sample.mean(), sample.detach(), terms
 
@@ -449,12 +479,12 @@ class MVG(nn.Module):
         x = self.place(self.patchify(image[:, None]), IMAGE, h, w)  # (B, 1, N, D)
         if self.config.layout == "sequence":
             _, features, _ = self._run(x + self.role[QUERY], [((0,), range(2 * n + 1))], 0, depth, size, past)
-            return self._paint(features, size)[:, 0].float()
+            return self._paint(features, size, image[:, None])[:, 0].float()
         plan = [((0,), range(n + 1))]  # the image sees those of the prompts and itself, and once fused all pairs
         x, _, _ = self._run(x, plan, 0, fuse_at, size, past)
         x = (x + cache["blank"]) / 2 + self.role[QUERY]
         _, features, _ = self._run(x, plan, fuse_at, depth, size, past)
-        return self._paint(features, size)[:, 0, LABEL:].float()
+        return self._paint(features, size, image[:, None])[:, 0, LABEL:].float()
 
     @torch.no_grad()
     def predict_canvas(self, prompt_image, prompt_label, image):
@@ -486,6 +516,7 @@ def pixel_loss(painted, target, kind, beta):
 
 SIZES = {
     "demo": dict(width=192, depth=8, heads=6, head_channels=16, patch=8, image_size=64),
+    "pocket": dict(width=192, depth=8, heads=6, head_channels=16, patch=16, image_size=128, head_stride=2, skip=True),
     "tiny": dict(width=192, depth=12, heads=3, head_channels=16),
     "small": dict(width=384, depth=12, heads=6, head_channels=32),
     "base": dict(width=768, depth=12, heads=12, head_channels=64),
@@ -494,7 +525,7 @@ SIZES = {
 
 
 def build(size, image_size=None, layout="fused", **config):
-    """A model with fresh weights. size: a name of SIZES; image_size in pixels (default 448, demo 64); the rest: Config.
+    """A model with fresh weights. size: a name of SIZES; image_size in pixels (default 448, demo 64, pocket 128); the rest: Config.
 
     Raises ValueError for an unknown size or an impossible configuration.
     """
@@ -582,9 +613,12 @@ def load_vit(model, path):
 
     Its three input channels become one that answers to a gray picture as they did together, normalised as ImageNet is; the class token is
     dropped, positions are resized. Raises ValueError where width, depth or patch differ, or the file is no ViT.
+    A checkpoint of this code is taken as `load_resized` does.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if "mvg" in state:
+            return load_resized(model, path)
         state = state.get("model", state.get("state_dict", state))
         kernel, bias, position = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], state["pos_embed"]
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -608,3 +642,21 @@ def load_vit(model, path):
         raise ValueError(f"{path} does not fit ({str(error).splitlines()[-1].strip()[:120]}): choose the --model of its size") from None
     if unknown:
         raise ValueError(f"{path} has {unknown[0]}, which a plain ViT has not: pass a MAE or timm ViT")
+
+
+def load_resized(model, path):
+    """Start from a model of the same width, depth and layout, of another image or patch size: its tokens of
+    pixels that were averaged to the other's size are the other's. Patch kernels and positions are resized; what the head has more of begins at 0. Raises ValueError where something else differs."""
+    own, theirs, side = model.state_dict(), load_checkpoint(path)["model"], model.config.patch
+    for name, value in own.items():
+        other = theirs.get(name, torch.zeros(0)).float()
+        if name == "embed.weight" and other.ndim == 4:
+            other = F.interpolate(other, size=(side, side), mode="area") * (other.shape[-1] / side) ** 2
+        elif name == "position" and other.ndim == 4:
+            other = F.interpolate(other, size=value.shape[-2:], mode="bicubic", align_corners=False)
+        if name.startswith(("head.conv.", "head.out.")) and other.ndim == value.ndim and all(o <= v for o, v in zip(other.shape, value.shape)):
+            value.zero_()[tuple(slice(n) for n in other.shape)] = other
+        elif other.shape == value.shape:
+            value.copy_(other)
+        else:
+            raise ValueError(f"{path} does not fit: {name} is {tuple(other.shape)}, in this model {tuple(value.shape)}: choose the --model it was trained as, or of its width and depth")

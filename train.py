@@ -45,12 +45,12 @@ def parse(argv=None):
     add("--brats_pairs", nargs="+", metavar="FROM:TO", help="what BraTS-GLI translates, of t1n t1c t2w t2f (default: t1c:t2w t2w:t1c, authors)")
     # the model
     add("--model", default="large", choices=[*mvg.SIZES, "unet"], help="size; the paper names none, large is the authors'; unet: a specialist for one dataset, to compare with")
-    add("--image_size", type=int, help="side of the crop in pixels (default: 448, the paper's; 64 for the demo size)")
+    add("--image_size", type=int, help="side of the crop in pixels (default: 448, the paper's; 64 for demo, 128 for pocket)")
     add("--layout", default="fused", choices=("fused", "sequence"), help="fused: authors; sequence: the paper's text")
     add("--positions", default="rope", choices=("rope", "learned"), help="rope: ours, beside learned ones; learned: the paper's vanilla ViT")
     add("--qk_norm", action=BooleanOptionalAction, default=True, help="normalise queries and keys (ours)")
     add("--drop_path", type=float, default=0.1, help="largest drop rate of a block's branches (authors)")
-    add("--init", metavar="FILE", help="start the trunk from a plain ViT's weights (MAE, timm; authors)")
+    add("--init", metavar="FILE", help="start the trunk from a plain ViT's weights (MAE, timm; authors), or from a model of this code of the same width and depth, of another image or patch size")
     # the objective
     add("--objective", default="hybrid", choices=("hybrid", "ar", "mim"), help="hybrid: paper; ar or mim alone: its ablations")
     add("--seg_share", type=float, default=0.5, help="share of segmentation samples (paper)")
@@ -63,10 +63,11 @@ def parse(argv=None):
     add("--loss", default="smooth_l1", choices=("smooth_l1", "l1", "l2"), help="paper: smooth_l1")
     add("--beta", type=float, default=0.01, help="where smooth L1 turns from square to straight (authors)")
     add("--background_weight", type=float, default=0.1, help="weight of the background of colored labels (authors)")
+    add("--balance", action="store_true", help="small organs count as much as large ones, at most ten times (ours)")
     # the data
     add("--data_fraction", type=float, default=1.0, help="share of the training cases of every dataset, at least one (paper, Figure 7)")
     add("--cases", type=int, help="at most so many training cases of every dataset (few-shot; default: all)")
-    add("--dataset_weights", default="equal", choices=("equal", "size"), help="how datasets share their group (ours: equal)")
+    add("--dataset_weights", default="equal", metavar="RULE", help="how datasets share their group: equal (ours), size, or factors of equal shares such as deeplesion=4,acdc=2")
     add("--empty_slices", type=float, default=0.0, help="share of draws from any slice, foreground or not (authors: none)")
     add("--strict", action="store_true", help="do not start where a case cannot be used; otherwise it is named and left out")
     add("--synthetic_share", type=float, help="add the procedural tasks, as this share of the draws (default with --datasets ... synthetic: that of one dataset)")
@@ -142,7 +143,7 @@ RANGES = (("seg_share mim_share hide_label empty_slices warmup synthetic_share a
           ("seed workers weight_decay background_weight validate_cases", 0, HUGE, "it must not be below 0"))
 
 # What a model is fine-tuned with unless said otherwise: what it was trained with.
-RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment")
+RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "balance", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment")
 
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",
@@ -301,7 +302,7 @@ def main(argv=None):
             with step_model.no_sync() if distributed and part < args.accumulate - 1 else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss, sample_loss, _ = step_model(batch["images"], labels, objective, batch.get("hidden"), batch["colored"], batch["valid"],
-                                                      asked, batch["drop"], args.loss, args.beta, args.background_weight)
+                                                      asked, batch["drop"], args.loss, args.beta, args.background_weight, args.balance)
                 (loss / args.accumulate).backward()
             errors.append(sample_loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

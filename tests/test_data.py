@@ -140,6 +140,18 @@ def test_synthetic_share(store):
     assert episodes.weights[True][:-1] == pytest.approx(0.7 / 4)
 
 
+def test_dataset_weights(store):
+    share = lambda rule: dict(zip((e := data.Episodes(store, 64, 8, 8, dataset_weights=rule)).groups[True], e.weights[True]))
+    names = list(share("equal"))
+    assert share("equal") == pytest.approx({n: 1 / len(names) for n in names})
+    assert share("acdc=3")["acdc"] == pytest.approx(3 / (len(names) + 2))
+    slices = {n: sum(len(c.foreground) for c in store.split(n, "train")) for n in names}
+    assert share("size") == pytest.approx({n: s / sum(slices.values()) for n, s in slices.items()})
+    for wrong in ("all", "acdc", "acdc=x", "acdc=0", "nowhere=2", "acdc=1,"):
+        with pytest.raises(data.DataError, match="dataset_weights"):
+            share(wrong)
+
+
 def test_augment_makes_another_task_of_a_sample(store):
     plain, other = (data.Episodes(store, 64, 8, 8, augment=a) for a in (0.0, 1.0))
     assert same(other[3, 1], other[3, 1])

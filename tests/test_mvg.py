@@ -13,11 +13,13 @@ import torch.nn.functional as F
 import mvg
 
 LAYOUTS = ("fused", "sequence")
+VARIANTS = (*LAYOUTS, "skip")  # fused, with the visible pixels carried to the head
 
 
 def small(layout, size=32, **config):
     """A small model whose random weights are large enough for every input to leave a trace."""
     torch.manual_seed(0)
+    layout, config = ("fused", {"skip": True, "head_stride": 2, **config}) if layout == "skip" else (layout, config)
     model = mvg.build("demo", size, layout, width=48, depth=6, heads=4, head_channels=4, max_prompts=3, **config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -34,7 +36,7 @@ def pairs(B, S, size=32, seed=1):
 # ---- causality
 
 @pytest.mark.parametrize("n", (1, 2, 3))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARIANTS)
 def test_nothing_at_or_after_a_label_reaches_its_own_prediction(layout, n):
     model, (images, labels) = small(layout), pairs(2, n + 1)
     with torch.no_grad():
@@ -158,7 +160,7 @@ def test_tokens_of_the_square_are_the_tokens_of_its_images():
     assert torch.allclose(model.patchify(elements), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARIANTS)
 def test_hidden_patches_are_not_seen(layout):
     model, elements = small(layout), torch.rand(1, 4, 1, 32, 32)
     hidden = torch.zeros(1, 4, 16, dtype=torch.bool)
@@ -209,7 +211,7 @@ def test_pixel_losses(kind, expected):
     assert small_error == pytest.approx(0.5 * 0.001 ** 2 / 0.01)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARIANTS)
 def test_the_first_term_is_for_the_samples_that_ask(layout):
     """By hand: a sample's loss is the mean over the pixels of all the labels it is asked for."""
     model, (images, labels) = small(layout), pairs(3, 3)
@@ -224,7 +226,7 @@ def test_the_first_term_is_for_the_samples_that_ask(layout):
 
 
 @pytest.mark.parametrize("objective", ("ar", "mim"))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARIANTS)
 def test_recomputing_activations_changes_no_gradient(layout, objective):
     gradients = []
     for recompute in (False, True):
@@ -237,11 +239,36 @@ def test_recomputing_activations_changes_no_gradient(layout, objective):
 
 
 @pytest.mark.parametrize("objective", ("ar", "mim"))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARIANTS)
 def test_every_parameter_has_a_gradient(layout, objective):
     model, (images, labels) = small(layout), pairs(2, 2)
     model(images, labels, objective, torch.rand(2, 4, 16) < 0.5)[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_skip_adds_shares_of_the_other_half():
+    """With values of 0 a label is its image, or its image averaged over a square; and the half itself is never its own share."""
+    model, (images, labels) = small("skip"), pairs(2, 2)
+    outputs = model.head.outputs
+    with torch.no_grad():
+        model.head.out.weight.zero_()
+        for i, size in enumerate(mvg.BLURS, 1):
+            model.head.out.bias.zero_()[i * outputs:(i + 1) * outputs] = torch.tensor([0.0, 1.0])
+            expected = torch.stack([torch.stack([images[:, 1, 0, max(0, y - size // 2):y + size // 2 + 1, max(0, x - size // 2):x + size // 2 + 1].mean((1, 2))
+                                                 for x in range(32)], -1) for y in range(32)], -2)
+            assert torch.allclose(model.paint_labels(images, labels)[:, 0, 0], expected, atol=1e-6)
+            assert torch.allclose(model.predict_canvas(images[:, 0], labels[:, 0], images[:, 1])[:, 0], expected, atol=1e-6)
+
+
+def test_balance_by_hand(monkeypatch):
+    """Organs of 1/50 and of 1/500 of the images count 5 and 10 times, one of a half once, an image once."""
+    model, labels = small("fused"), torch.zeros(4, 2, 1, 50, 50)
+    for i, rows in enumerate((1, 0.1, 25)):
+        labels[i].flatten(2)[..., :int(50 * rows)] = 1
+    labels[3] = 0.5
+    monkeypatch.setattr(model, "paint_labels", lambda *a: labels[:, 1:] + 0.25)
+    loss = lambda **how: model(torch.zeros_like(labels), labels, "ar", colored=torch.tensor([True, True, True, False]), loss="l1", **how)[1]
+    assert torch.allclose(loss(balance=True) / loss(), torch.tensor([5.0, 10.0, 1.0, 1.0]))
 
 
 def test_drop_path():
@@ -260,7 +287,7 @@ def test_drop_path():
 # ---- the prompt cache
 
 @pytest.mark.parametrize("n", (1, 2, 3))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARIANTS)
 def test_the_cache_gives_the_uncached_answer(layout, n):
     model, (images, labels) = small(layout), pairs(4, n + 1)
     cache = model.encode_prompts(images[:, :n], labels[:, :n])
@@ -295,7 +322,25 @@ def test_sizes(size, millions):
     assert model.grid == 28
 
 
-@pytest.mark.parametrize("bad", (dict(size="huge"), dict(size="demo", image_size=65), dict(size="demo", layout="x"), dict(size="demo", depht=3)))
+def test_a_model_starts_from_one_that_saw_fewer_pixels(tmp_path):
+    few = small("fused")
+    mvg.save(tmp_path / "few.pt", few)
+    more = mvg.build("demo", 64, width=48, depth=6, heads=4, head_channels=4, patch=16, head_stride=2, skip=True).eval()
+    mvg.load_vit(more, tmp_path / "few.pt")
+    images, labels = pairs(1, 2)
+    large = lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    for (k, v), (k2, v2) in zip(few.encode_prompts(images, labels)["memory"], more.encode_prompts(large(images), large(labels))["memory"]):
+        for a, b in zip([*k, *v], [*k2, *v2]):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert torch.equal(more.head.expand.weight, few.head.expand.weight)
+    for name in ("conv", "out"):  # what the head has more of is not used yet
+        a, b = (getattr(m.head, name).weight for m in (few, more))
+        assert torch.equal(b[:len(a), :a.shape[1]], a) and b.numel() > a.numel() and b.abs().sum().item() == pytest.approx(a.abs().sum().item())
+    with pytest.raises(ValueError, match="does not fit"):
+        mvg.load_vit(mvg.build("demo"), tmp_path / "few.pt")
+
+
+@pytest.mark.parametrize("bad", (dict(size="demo", head_stride=3), dict(size="demo", layout="sequence", skip=True), dict(size="huge"), dict(size="demo", image_size=65), dict(size="demo", layout="x"), dict(size="demo", depht=3)))
 def test_impossible_configurations(bad):
     with pytest.raises(ValueError):
         mvg.build(**bad)
