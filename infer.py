@@ -44,10 +44,11 @@ LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation"
 # ---------------------------------------------------------------------------------------------------------------------
 # The answer, at model resolution
 
-def paint(model, prompt_images, prompt_labels, images, mode):
+def paint(model, prompt_images, prompt_labels, images, mode, fine=None):
     """Paint the labels of images (B, 1, s, s) from n prompts (n, 1, s, s), gray; a list of answers to be averaged.
 
     mode ar: one answer from all prompts, or one a prompt where the model never saw so many; canvas: one a prompt.
+    fine: of a model that copies, the n prompts [(image, label)], (1, 1, H_p, W_p) each, and the images (B, 1, H, W) at their own resolution; the answers then have it.
     """
     images_device = next(model.parameters()).device
     together = mode == "ar" and len(prompt_images) <= model.config.max_prompts
@@ -56,8 +57,12 @@ def paint(model, prompt_images, prompt_labels, images, mode):
     for group in groups:
         px, py = prompt_images[group].to(images_device), prompt_labels[group].to(images_device)
         cache = model.encode_prompts(px[None], py[None]) if mode == "ar" else None
-        parts = [model.predict(cache, x) if mode == "ar" else model.predict_canvas(px, py, x)
-                 for x in images.to(images_device).split(BATCH)]
+        copied = [()] * len(images)
+        if fine:
+            fitted = mvg.PromptFilter.fit(sum(mvg.PromptFilter.sums(x, y, torch.ones_like(x)) for x, y in fine[0][group]))
+            copied = [([c.to(images_device) for c in mvg.PromptFilter.apply(fitted, x)],) for x in fine[1].split(BATCH)]
+        parts = [model.predict(cache, x, *c) if mode == "ar" else model.predict_canvas(px, py, x, *c)
+                 for x, c in zip(images.to(images_device).split(BATCH), copied)]
         answers.append(torch.cat(parts).cpu())
     return answers
 
@@ -180,8 +185,14 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
         labels = values[look([number(y) for _, y in pairs], scale * side, data.resize_labels)] if segmentation else \
             look([y for _, y in pairs], scale * side, data.resize_images)
 
-        def answer(x, images, labels):
-            """(B, 1, scale * side, ...) -> fits (B, C + 1, H, W), or answers (B, 1, H, W)."""
+        own = lambda p: torch.from_numpy(np.array(p, np.float32))[None, None]
+        fine = [(own(x), own(y)) for x, y in pairs] if model.config.copies and not segmentation and not tile else None
+
+        def answer(x, images, labels, which=()):
+            """(B, 1, scale * side, ...) -> fits (B, C + 1, H, W), or answers (B, 1, H, W). which: the slices' numbers."""
+            if fine:
+                a = paint(model, images, labels, x, choose_mode(model, False, mode), (fine, torch.cat([own(stack[k]) for k in which])))
+                return sum(a) / len(a)
             total, weights = 0, torch.zeros(x.shape[-2:])
             for rows, columns in windows(side, tile):
                 cut = [t[..., rows, columns] for t in (images, labels, x)]
@@ -195,7 +206,7 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
         batch = 1 if propagate else max(1, min(BATCH, MAX_FITS // (H * W * (len(classes) + 1))))
         for part in (members[i:i + batch] for i in range(0, len(members), batch)):
             x = look(stack[part], scale * side, data.resize_images)
-            result = answer(x, images, labels)
+            result = answer(x, images, labels, part)
             if propagate and part[0] and np.isin(output[part[0] - 1], classes).any():
                 before = np.where(np.isin(output[part[0] - 1], classes), output[part[0] - 1], 0)
                 last = answer(x, look(stack[part[0] - 1:part[0]], scale * side, data.resize_images), values[look([number(before)], scale * side, data.resize_labels)])

@@ -40,7 +40,7 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.25  # ours; one channel, so no ImageNet statistic
 ROPE_BASE = 100.0                  # ours; the slowest rotation turns by about a quarter over a 28-token side
 IMAGE, LABEL = 0, 1                # streams
 PROMPT, QUERY = 0, 1               # roles of a pair
-BLURS = (1, 3, 5)                  # ours; sides in pixels of the squares over which the head's skip averages
+BLURS = (1, 3, 5)                  # ours; sides in pixels of the squares over which the prompt's filter averages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,38 +155,81 @@ class Block(nn.Module):
 class ConvHead(nn.Module):
     """Four feature maps -> pixels: "two convolution layers ... four feature maps" (section 3.3).
 
-    stride: pixels a feature is wide, 1 or, cheaper, more. skip (ours): the convolution also sees the pixels that are visible, and each half of a pair
-    is painted as a value plus shares, one a blur, of the visible other half, so that the detail of an image need not pass through the tokens.
+    stride: pixels a feature is wide, 1 or, cheaper, more. copies (ours): the convolution also sees the visible pixels, and decides pixel by pixel
+    how much of a label is painted and how much is copied from the image through the prompt's filter (`PromptFilter`).
     """
 
-    def __init__(self, width, patch, channels, outputs, stride=1, skip=False):
+    def __init__(self, width, patch, channels, outputs, stride=1, copies=False):
         super().__init__()
-        self.side, self.channels, self.outputs, self.stride, self.skip = patch // stride, channels, outputs, stride, skip
+        self.side, self.channels, self.outputs, self.stride = patch // stride, channels, outputs, stride
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
         self.expand = nn.Linear(4 * width, self.side ** 2 * channels)
-        self.conv = nn.Conv2d(channels + 2 * skip, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels + 2 * copies, channels, 3, padding=1)
         self.norm = nn.LayerNorm(channels)
-        self.out = nn.Linear(channels, outputs * (1 + len(BLURS) * skip))  # a 1x1 convolution, channels last; the values first
+        self.out = nn.Linear(channels, outputs + copies)  # a 1x1 convolution, channels last
 
-    def forward(self, taps, h, w, seen=None):
-        """4 x (M, N, D), with skip the visible pixels (M, 2, H, W) of image and label, 0 where hidden -> (M, outputs, H, W)"""
+    def forward(self, taps, h, w, seen=None, copy=None, trust=None):
+        """4 x (M, N, D) -> (M, outputs, H, W). To copy: the visible pixels (M, 2, H, W) of image and label, 0 where hidden, the copy of the label
+        (M, 1, H', W') and how far it can be trusted, of the answer's size, which may be another: what is painted is then resized to it."""
         P, C = self.side, self.channels
         x = self.expand(torch.cat([norm(tap) for norm, tap in zip(self.norms, taps)], -1))  # (M, N, P*P*C)
         x = x.view(-1, h, w, P, P, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, h * P, w * P, C)  # (M, H / stride, W / stride, C)
         x = x.permute(0, 3, 1, 2)  # channels last throughout
         if self.stride > 1:
             x = F.interpolate(x, scale_factor=self.stride, mode="nearest")
-        if self.skip:
+        if seen is not None:
             x = torch.cat([x, seen.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last)
         x = self.conv(x).permute(0, 2, 3, 1)
-        x = self.out(F.gelu(self.norm(x))).permute(0, 3, 1, 2)  # (M, outputs (1 + blurs), H, W)
-        if not self.skip:
+        x = self.out(F.gelu(self.norm(x))).permute(0, 3, 1, 2)  # (M, outputs, H, W), to copy with one more
+        if seen is None:
             return x
-        other, painted = seen.flip(1), x[:, :self.outputs]
-        for i, size in enumerate(BLURS, 1):
-            blurred = other if size == 1 else F.avg_pool2d(other, size, 1, size // 2, count_include_pad=False)
-            painted = painted + x[:, i * self.outputs:(i + 1) * self.outputs] * blurred
-        return painted
+        if x.shape[-2:] != copy.shape[-2:]:
+            x = F.interpolate(x, size=copy.shape[-2:], mode="bilinear", align_corners=False)
+        share = trust * torch.sigmoid(x[:, self.outputs:] + 2)  # an untrained head copies what can be trusted
+        return torch.cat([x[:, :LABEL], x[:, LABEL:self.outputs] * (1 - share) + copy * share], 1)
+
+
+class PromptFilter:
+    """The linear filter that turns a prompt's image into its label as well as one can (ours): a denoised or translated image is mostly its input, and
+    none of that need pass through the tokens. A ridge regression on the image, its averages over small squares and 1, in closed form; nothing is learned.
+
+    `sums` of several pairs add up. `trust`, 0 to 1, is what the filter explains of the label's variance beyond a half: next to nothing of masks.
+    """
+
+    @staticmethod
+    def basis(images):
+        """(..., 1, H, W) -> (..., 4, H, W) float32: the averages over `BLURS`, and 1."""
+        x = images.flatten(0, -4).float()
+        maps = [x if size == 1 else F.avg_pool2d(x, size, 1, size // 2, count_include_pad=False) for size in BLURS]
+        return torch.cat([*maps, torch.ones_like(x)], 1).unflatten(0, images.shape[:-3])
+
+    @staticmethod
+    def sums(images, labels, visible):
+        """What a regression needs of pairs (..., 1, H, W), visible 1 where both halves are, else 0 -> (..., 5, 5): products of the basis and the label."""
+        rows = torch.cat([PromptFilter.basis(images), labels.float()], -3).flatten(-2)  # (..., 5, HW)
+        rows = rows if rows.device.type == "mps" else rows.double()
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows * visible.flatten(-2)) @ rows.transpose(-1, -2)
+
+    @staticmethod
+    def fit(sums):
+        """Sums (..., 5, 5) -> (weights of the basis (..., 4), trust (...)), float32."""
+        n = sums[..., 3, 3].clamp(min=1)[..., None, None]
+        products = sums / n
+        ridge = 1e-5 * torch.eye(4, dtype=sums.dtype, device=sums.device)
+        A, b, label = products[..., :4, :4] + ridge, products[..., :4, 4], products[..., 4, 4]
+        weights = torch.linalg.solve_ex(A, b)[0]  # waits for no device
+        left = label - 2 * (weights * b).sum(-1) + (weights[..., None] * products[..., :4, :4] * weights[..., None, :]).sum((-2, -1))
+        variance = label - products[..., 3, 4] ** 2
+        explained = torch.where(variance > 1e-6, 1 - left / variance.clamp(min=1e-6), 0)
+        return weights.float(), (2 * explained - 1).clamp(0, 1).float()
+
+    @staticmethod
+    def apply(fitted, images):
+        """The filter, and its trust, on images (..., 1, H, W): twice the same shape."""
+        weights, trust = fitted
+        copy = (PromptFilter.basis(images) * weights[..., None, None]).sum(-3, keepdim=True)
+        return copy, trust[..., None, None, None].expand_as(copy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +252,7 @@ class Config:
     drop_path: float = 0.1         # authors
     max_prompts: int = 1           # most prompts seen in training; paper: 1
     head_stride: int = 1           # pixels a feature of the head is wide (ours)
-    skip: bool = False             # the head sees the visible pixels (ours)
+    copies: bool = False           # the head may copy pixels through the prompt's filter (ours)
 
     def __post_init__(self):
         self.fuse_at = self.fuse_at or max(2, self.depth // 8)
@@ -219,8 +262,8 @@ class Config:
             raise ValueError(f"positions is {self.positions!r}: choose rope or learned")
         if self.patch % self.head_stride:
             raise ValueError(f"head_stride {self.head_stride} does not divide the patch size {self.patch}")
-        if self.skip and self.layout != "fused":
-            raise ValueError("skip needs the fused layout, where a token paints both halves of a pair")
+        if self.copies and self.layout != "fused":
+            raise ValueError("copies needs the fused layout, where a token paints both halves of a pair")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is no multiple of the patch size {self.patch}: "
                              f"choose {self.image_size // self.patch * self.patch or self.patch}")
@@ -246,7 +289,7 @@ class MVG(nn.Module):
         self.first_block = c.fuse_at if c.layout == "fused" else 0  # features before fusion are of half a pair: no taps
         self.taps = [max(self.first_block, (k + 1) * c.depth // 4 - 1) for k in range(4)]  # evenly spaced
         # A fused token paints its image patch and its label patch, an element of the sequence only itself.
-        self.head = ConvHead(c.width, c.patch, c.head_channels, 2 if c.layout == "fused" else 1, c.head_stride, c.skip)
+        self.head = ConvHead(c.width, c.patch, c.head_channels, 2 if c.layout == "fused" else 1, c.head_stride, c.copies)
         for parameter in (self.position, self.stream, self.role, self.mask_token):
             nn.init.normal_(parameter, std=0.02)
         self.apply(self._init)
@@ -309,13 +352,31 @@ class MVG(nn.Module):
         rate = torch.linspace(0, self.config.drop_path, self.config.depth, device=drop.device)[:, None]
         return (drop >= rate) / (1 - rate)
 
-    def _paint(self, features, size, images, labels=None):
-        """4 x (B, E, N, D), and what is visible of the pairs' images and labels, (B, E, 1, H, W) each -> (B, E, outputs, H, W)"""
+    def _paint(self, features, size, seen=None, copied=None):
+        """4 x (B, E, N, D) -> (B, E, outputs, H, W). A head that copies needs the visible pixels of E pairs, images and labels, (B, E, 2, H, W),
+        and what `PromptFilter.apply` gave, 2 x (B, E, 1, H, W)."""
         B, E = features[0].shape[:2]
-        seen = None
-        if self.config.skip:
-            seen = torch.cat([images, torch.zeros_like(images) if labels is None else labels], 2).flatten(0, 1)
-        return self._again(self.head, [f.flatten(0, 1) for f in features], *size, seen).unflatten(0, (B, E))
+        more = [] if seen is None else [t.flatten(0, 1) for t in (seen, *copied)]
+        return self._again(self.head, [f.flatten(0, 1) for f in features], *size, *more).unflatten(0, (B, E))
+
+    @torch.no_grad()
+    def _copies_canvas(self, elements, hidden):
+        """What `_paint` needs of the two pairs of a canvas: the filter is fitted where both halves of a pair are visible."""
+        if not self.config.copies:
+            return ()
+        shown = 1 - self.to_pixels(hidden, elements)  # (B, 4, 1, H, W)
+        seen = elements * shown
+        images, labels = seen[:, 0::2], seen[:, 1::2]  # (B, 2, 1, H, W)
+        sums = PromptFilter.sums(images, labels, shown[:, 0::2] * shown[:, 1::2]).sum(1, keepdim=True)
+        copy, trust = PromptFilter.apply(PromptFilter.fit(sums.expand(-1, 2, -1, -1)), images)
+        return torch.cat([images, labels], 2), (copy, trust * shown[:, 0::2])
+
+    @torch.no_grad()
+    def _copies(self, fitted, images, copied=None):
+        """What `_paint` needs of images (B, E, 1, H, W) whose labels are hidden."""
+        if not self.config.copies:
+            return ()
+        return torch.cat([images, torch.zeros_like(images)], 2), [c[:, None] for c in copied] if copied else PromptFilter.apply(fitted, images)
 
     # ---- objective 1: masked image modeling
 
@@ -325,6 +386,11 @@ class MVG(nn.Module):
         canvas (B, 1, 2H, 2W) and hidden (B, 4, N) bool, in the order P_x, P_y, X, Y -> (B, 1, 2H, 2W)
         """
         elements = from_canvas(canvas)  # (B, 4, 1, H, W)
+        painted = self._paint(self._read_canvas(elements, hidden, drop), self._size(elements), *self._copies_canvas(elements, hidden))
+        return to_canvas(painted.flatten(1, 2).unsqueeze(2).contiguous())  # fused (B, 2, 2, H, W), sequence (B, 4, 1, H, W) -> (B, 4, 1, H, W)
+
+    def _read_canvas(self, elements, hidden, drop=None):
+        """The features of a square's four images (B, 4, 1, H, W): 4 x (B, 2 pairs or 4 elements, N, D)"""
         h, w = size = self._size(elements)
         x = self.hide(self.patchify(elements), hidden)  # (B, 4, N, D)
         images, labels = self.place(x[:, 0::2], IMAGE, h, w), self.place(x[:, 1::2], LABEL, h, w)
@@ -333,14 +399,9 @@ class MVG(nn.Module):
             x = torch.cat([images, labels], 1)  # P_x, X, P_y, Y
             x, _, _ = self._run(x, [((0, 1), (0, 1)), ((2, 3), (2, 3))], 0, self.config.fuse_at, size, keep=keep)
             x = (x[:, :2] + x[:, 2:]) / 2 + self.role[:, None]  # two pairs, prompt and query
-            _, features, _ = self._run(x, [((0, 1), (0, 1))], self.config.fuse_at, depth, size, keep=keep)
-            seen = elements * (1 - self.to_pixels(hidden, elements)) if self.config.skip else elements
-            painted = self._paint(features, size, seen[:, 0::2], seen[:, 1::2]).flatten(1, 2).unsqueeze(2)  # (B, 2, 2, H, W) -> (B, 4, 1, H, W)
-        else:
-            x = torch.stack([images, labels], 2) + self.role[:, None, None]  # (B, pair, stream, N, D)
-            _, features, _ = self._run(x.flatten(1, 2), [((0, 1, 2, 3), (0, 1, 2, 3))], 0, depth, size, keep=keep)
-            painted = self._paint(features, size, elements)  # (B, 4, 1, H, W)
-        return to_canvas(painted.contiguous())
+            return self._run(x, [((0, 1), (0, 1))], self.config.fuse_at, depth, size, keep=keep)[1]
+        x = torch.stack([images, labels], 2) + self.role[:, None, None]  # (B, pair, stream, N, D)
+        return self._run(x.flatten(1, 2), [((0, 1, 2, 3), (0, 1, 2, 3))], 0, depth, size, keep=keep)[1]
 
     # ---- objective 2: autoregressive, next-image prediction
 
@@ -353,7 +414,8 @@ class MVG(nn.Module):
         S = images.shape[1]
         h, w = size = self._size(images)
         keep, depth, asked = self._keep(drop), self.config.depth, range(min(1, S - 1), S)
-        pixels, images = images[:, asked.start:], self.place(self.patchify(images), IMAGE, h, w)  # (B, S, N, D)
+        copies = self._copies(self._fit(images, labels), images[:, asked.start:]) if self.config.copies else ()
+        images = self.place(self.patchify(images), IMAGE, h, w)  # (B, S, N, D)
         labels = self.place(self.patchify(labels[:, :-1]), LABEL, h, w) if S > 1 else images[:, :0]  # (B, n, N, D)
         if self.config.layout == "sequence":
             x = [e for pair in zip(images.unbind(1), labels.unbind(1)) for e in pair] + [images[:, -1]]
@@ -361,7 +423,7 @@ class MVG(nn.Module):
             x = torch.stack(x, 1) + self.role[roles, None]  # (B, 2S - 1, N, D)
             plan = [((e,), range(e + 1)) for e in range(2 * S - 1)]
             _, features, _ = self._run(x, plan, 0, depth, size, keep=keep)
-            painted = self._paint([f[:, 2 * asked.start::2] for f in features], size, pixels)
+            painted = self._paint([f[:, 2 * asked.start::2] for f in features], size)
             return painted + 0 * self.mask_token.sum()  # no placeholder here, yet never a parameter without gradient
         n, Q = S - 1, len(asked)
         x = torch.cat([images, labels, self._blank(images, Q, h, w)], 1)  # S images, n labels, Q hidden labels
@@ -374,7 +436,14 @@ class MVG(nn.Module):
         plan = [((j,), range(j + 1)) for j in range(n)]
         plan += [((n + q,), [*range(i), n + q]) for q, i in enumerate(asked)]
         _, features, _ = self._run(torch.cat([context, query], 1), plan, self.config.fuse_at, depth, size, keep=keep)
-        return self._paint([f[:, n:] for f in features], size, pixels)[:, :, LABEL:]  # (B, Q, 1, H, W)
+        return self._paint([f[:, n:] for f in features], size, *copies)[:, :, LABEL:]  # (B, Q, 1, H, W)
+
+    @torch.no_grad()
+    def _fit(self, images, labels):
+        """The filter of every asked pair, fitted to the pairs before it; nothing of a pair without context can be trusted."""
+        if images.shape[1] == 1:
+            return PromptFilter.fit(images.new_zeros(len(images), 1, 5, 5))
+        return PromptFilter.fit(PromptFilter.sums(images[:, :-1], labels[:, :-1], torch.ones_like(images[:, :-1])).cumsum(1))  # (B, n, 5, 5)
 
     def _blank(self, like, count, h, w):
         """Labels of which every patch is hidden, (B, count, N, D)."""
@@ -384,7 +453,7 @@ class MVG(nn.Module):
     # ---- the loss
 
     def forward(self, images, labels, objective, hidden=None, colored=None, valid=None, first=None, drop=None,
-                loss="smooth_l1", beta=0.01, background_weight=0.1, balance=False):
+                loss="smooth_l1", beta=0.01, background_weight=0.1, balance=False, image_weight=1.0):
         """The training loss of a batch, every sample normalised by its own weights, then averaged.
 
         images, labels (B, S, 1, H, W) in [0, 1]; valid the same shape, 0 where a label has no truth
@@ -393,6 +462,7 @@ class MVG(nn.Module):
         first       (b,) int: the samples that are also asked for their first label, without context (ar only)
         drop        (B, depth, 2) uniform numbers for drop path, None for none
         balance     a colored sample of small organs counts as if they filled a tenth of its images, at most ten times (ours)
+        image_weight    how much a sample counts whose label is an image (ours)
         Returns (loss, loss of every sample (B,) detached, {term: its mean, detached}).
         """
         weight = torch.ones_like(labels) if valid is None else valid.to(labels.dtype)
@@ -427,6 +497,8 @@ class MVG(nn.Module):
         if balance and colored is not None:  # an organ of a hundredth of the image would else teach a hundredth
             filled = (labels != 0).flatten(1).float().mean(1).clamp(0.01, 0.1)
             sample = torch.where(colored, sample * 0.1 / filled, sample)
+        if image_weight != 1 and colored is not None:
+            sample = torch.where(colored, sample, image_weight * sample)
         terms = {k: (error[:, i].sum() / weight[:, i].sum().clamp(min=1e-6)).detach() for i, k in enumerate(names)}
         return sample.mean(), sample.detach(), terms
 
@@ -451,6 +523,7 @@ class MVG(nn.Module):
         n = images.shape[1]
         h, w = size = self._size(images)
         depth, fuse_at = self.config.depth, self.config.fuse_at
+        fitted = PromptFilter.fit(PromptFilter.sums(images, labels, torch.ones_like(images)).sum(1, keepdim=True)) if self.config.copies else None
         images, labels = (self.place(self.patchify(x), s, h, w) for x, s in ((images, IMAGE), (labels, LABEL)))
         if self.config.layout == "sequence":
             x = torch.stack([images, labels], 2).flatten(1, 2) + self.role[PROMPT]
@@ -462,13 +535,14 @@ class MVG(nn.Module):
             memory = [(keys[:n], values[:n]) for keys, values in memory]  # the images'
             blank, x = x[:, 2 * n:], (x[:, :n] + x[:, n:2 * n]) / 2 + self.role[PROMPT]
             memory += self._run(x, plan[:n], fuse_at, depth, size, remember=True)[2]
-            return {"memory": memory, "prompts": n, "size": size, "blank": blank}
+            return {"memory": memory, "prompts": n, "size": size, "blank": blank, "filter": fitted}
         return {"memory": memory, "prompts": n, "size": size}
 
     @torch.no_grad()
-    def predict(self, cache, image):
+    def predict(self, cache, image, copied=None):
         """The label of image (B, 1, H, W) in [0, 1] given encoded prompts -> (B, 1, H, W), float32 near [0, 1], not clipped.
 
+        copied: of a model that copies, `PromptFilter.apply` of the images at another resolution, which the answer then has.
         cache: of as many prompts as the image's batch, or of one. Raises ValueError for an image of another size than they had.
         """
         h, w = size = self._size(image)
@@ -479,25 +553,27 @@ class MVG(nn.Module):
         x = self.place(self.patchify(image[:, None]), IMAGE, h, w)  # (B, 1, N, D)
         if self.config.layout == "sequence":
             _, features, _ = self._run(x + self.role[QUERY], [((0,), range(2 * n + 1))], 0, depth, size, past)
-            return self._paint(features, size, image[:, None])[:, 0].float()
+            return self._paint(features, size)[:, 0].float()
         plan = [((0,), range(n + 1))]  # the image sees those of the prompts and itself, and once fused all pairs
         x, _, _ = self._run(x, plan, 0, fuse_at, size, past)
         x = (x + cache["blank"]) / 2 + self.role[QUERY]
         _, features, _ = self._run(x, plan, fuse_at, depth, size, past)
-        return self._paint(features, size, image[:, None])[:, 0, LABEL:].float()
+        return self._paint(features, size, *self._copies(cache.get("filter"), image[:, None], copied))[:, 0, LABEL:].float()
 
     @torch.no_grad()
-    def predict_canvas(self, prompt_image, prompt_label, image):
+    def predict_canvas(self, prompt_image, prompt_label, image, copied=None):
         """The label of image by painting the lower right of the canvas, Y all hidden: 3 x (B, 1, H, W) -> (B, 1, H, W).
 
-        A prompt with B = 1 serves any batch. The canvas holds one prompt, and nothing of it can be kept for the next image.
+        A prompt with B = 1 serves any batch. The canvas holds one prompt, and nothing of it can be kept for the next image. copied: as for `predict`.
         """
-        h, w = self._size(image)
+        h, w = size = self._size(image)
         prompt_image, prompt_label = prompt_image.expand_as(image), prompt_label.expand_as(image)
         elements = torch.stack([prompt_image, prompt_label, image, torch.zeros_like(image)], 1)
         hidden = torch.zeros(len(image), 4, h * w, dtype=torch.bool, device=image.device)
         hidden[:, 3] = True
-        return from_canvas(self.paint_canvas(to_canvas(elements), hidden))[:, 3].float()
+        features = [f[:, -1:] for f in self._read_canvas(elements, hidden)]  # of the task's pair, or of Y
+        fitted = PromptFilter.fit(PromptFilter.sums(prompt_image, prompt_label, torch.ones_like(image))[:, None]) if self.config.copies else None
+        return self._paint(features, size, *self._copies(fitted, image[:, None], copied))[:, 0, -1:].float()
 
 
 def pixel_loss(painted, target, kind, beta):
@@ -516,7 +592,7 @@ def pixel_loss(painted, target, kind, beta):
 
 SIZES = {
     "demo": dict(width=192, depth=8, heads=6, head_channels=16, patch=8, image_size=64),
-    "pocket": dict(width=192, depth=8, heads=6, head_channels=16, patch=16, image_size=128, head_stride=2, skip=True),
+    "pocket": dict(width=192, depth=8, heads=6, head_channels=16, patch=16, image_size=128, head_stride=2, copies=True),
     "tiny": dict(width=192, depth=12, heads=3, head_channels=16),
     "small": dict(width=384, depth=12, heads=6, head_channels=32),
     "base": dict(width=768, depth=12, heads=12, head_channels=64),

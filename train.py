@@ -64,6 +64,7 @@ def parse(argv=None):
     add("--beta", type=float, default=0.01, help="where smooth L1 turns from square to straight (authors)")
     add("--background_weight", type=float, default=0.1, help="weight of the background of colored labels (authors)")
     add("--balance", action="store_true", help="small organs count as much as large ones, at most ten times (ours)")
+    add("--image_weight", type=float, default=1.0, help="how much a sample counts whose label is an image (ours); with l2 its errors are small beside those of masks")
     # the data
     add("--data_fraction", type=float, default=1.0, help="share of the training cases of every dataset, at least one (paper, Figure 7)")
     add("--cases", type=int, help="at most so many training cases of every dataset (few-shot; default: all)")
@@ -139,11 +140,11 @@ TINY, HUGE = 1e-12, 1e12
 RANGES = (("seg_share mim_share hide_label empty_slices warmup synthetic_share augment", 0, 1, "a share is from 0 to 1"),
           ("mask_ratio data_fraction layer_decay", TINY, 1, "above 0, at most 1"),
           ("drop_path", 0, 0.99, "a rate is from 0 to below 1"),
-          ("epochs steps stop_at image_size batch_size accumulate cases lr beta clip log_every save_every", TINY, HUGE, "it must be above 0"),
+          ("epochs steps stop_at image_size image_weight batch_size accumulate cases lr beta clip log_every save_every", TINY, HUGE, "it must be above 0"),
           ("seed workers weight_decay background_weight validate_cases", 0, HUGE, "it must not be below 0"))
 
 # What a model is fine-tuned with unless said otherwise: what it was trained with.
-RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "balance", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment")
+RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "balance", "image_weight", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment")
 
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",
@@ -302,7 +303,7 @@ def main(argv=None):
             with step_model.no_sync() if distributed and part < args.accumulate - 1 else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss, sample_loss, _ = step_model(batch["images"], labels, objective, batch.get("hidden"), batch["colored"], batch["valid"],
-                                                      asked, batch["drop"], args.loss, args.beta, args.background_weight, args.balance)
+                                                      asked, batch["drop"], args.loss, args.beta, args.background_weight, args.balance, args.image_weight)
                 (loss / args.accumulate).backward()
             errors.append(sample_loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

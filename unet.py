@@ -57,7 +57,7 @@ class UNet(nn.Module):
         return self.out(x)
 
     def forward(self, images, labels, objective, hidden=None, colored=None, valid=None, first=None, drop=None,
-                loss="smooth_l1", beta=0.01, background_weight=0.1, balance=False):
+                loss="smooth_l1", beta=0.01, background_weight=0.1, balance=False, image_weight=1.0):
         """The loss of a batch of MVG's samples, of which the prompts and what concerns them are not used.
 
         images, labels (B, S, 1, H, W), the last pair is the task; labels are classes, or images in [0, 1].

@@ -6,6 +6,7 @@ import pickle
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 import mvg
 
 LAYOUTS = ("fused", "sequence")
-VARIANTS = (*LAYOUTS, "skip")  # fused, with the visible pixels carried to the head
+VARIANTS = (*LAYOUTS, "copies")  # fused, with a head that may copy pixels
 
 
 def small(layout, size=32, **config):
     """A small model whose random weights are large enough for every input to leave a trace."""
     torch.manual_seed(0)
-    layout, config = ("fused", {"skip": True, "head_stride": 2, **config}) if layout == "skip" else (layout, config)
+    layout, config = ("fused", {"copies": True, "head_stride": 2, **config}) if layout == "copies" else (layout, config)
     model = mvg.build("demo", size, layout, width=48, depth=6, heads=4, head_channels=4, max_prompts=3, **config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -246,18 +247,43 @@ def test_every_parameter_has_a_gradient(layout, objective):
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_skip_adds_shares_of_the_other_half():
-    """With values of 0 a label is its image, or its image averaged over a square; and the half itself is never its own share."""
-    model, (images, labels) = small("skip"), pairs(2, 2)
-    outputs = model.head.outputs
+def test_the_prompts_filter_by_hand():
+    """Against least squares by numpy; trusted where the label is a filtered image, not where it is something else, and by how much by hand."""
+    images = pairs(2, 3)[0]
+    x = F.pad(images, (1, 1, 1, 1))
+    inside = F.pad(torch.ones_like(images), (1, 1, 1, 1))
+    square = lambda t: sum(t[..., i:i + 32, j:j + 32] for i in range(3) for j in range(3))
+    labels = 0.7 * images - 0.4 * square(x) / square(inside) + 0.3
+    shown = (torch.rand(2, 3, 1, 32, 32) < 0.5).float()
+    weights, trust = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images, labels + 9 * (1 - shown), shown))
+    assert torch.allclose(weights, torch.tensor([0.7, -0.4, 0.0, 0.3]), atol=0.06) and (trust > 0.99).all()
+    copy, trusted = mvg.PromptFilter.apply((weights, trust), images)
+    assert copy.shape == trusted.shape == images.shape and (copy - labels).abs().mean() < 0.01
+    basis = mvg.PromptFilter.basis(images)[0, 0].flatten(1).double().numpy()
+    other = pairs(2, 3, seed=5)[1]
+    for share in (0.0, 0.6, 1.0):
+        label = share * images + (1 - share) * other
+        y = label[0, 0].flatten().double().numpy()
+        best, rest, *_ = np.linalg.lstsq(basis.T, y, rcond=None)
+        weights, trust = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images, label, torch.ones_like(images)))
+        assert trust[0, 0].item() == pytest.approx(max(0, 1 - 2 * (rest[0] if len(rest) else 0) / ((y - y.mean()) ** 2).sum()), abs=0.02), share
+    flat = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images * 0, images * 0 + 0.5, torch.ones_like(images)))
+    assert (flat[1] == 0).all()
+
+
+def test_an_untrained_head_copies_what_can_be_trusted():
+    model, (images, labels) = small("copies"), pairs(2, 2)
     with torch.no_grad():
         model.head.out.weight.zero_()
-        for i, size in enumerate(mvg.BLURS, 1):
-            model.head.out.bias.zero_()[i * outputs:(i + 1) * outputs] = torch.tensor([0.0, 1.0])
-            expected = torch.stack([torch.stack([images[:, 1, 0, max(0, y - size // 2):y + size // 2 + 1, max(0, x - size // 2):x + size // 2 + 1].mean((1, 2))
-                                                 for x in range(32)], -1) for y in range(32)], -2)
-            assert torch.allclose(model.paint_labels(images, labels)[:, 0, 0], expected, atol=1e-6)
-            assert torch.allclose(model.predict_canvas(images[:, 0], labels[:, 0], images[:, 1])[:, 0], expected, atol=1e-6)
+        painted = model.paint_labels(images, images)[:, 0], model.predict_canvas(images[:, 0], images[:, 0], images[:, 1])
+        mask = model.paint_labels(images, labels)  # has nothing to do with its image
+    for p in painted:
+        assert torch.allclose(p, torch.sigmoid(torch.tensor(2.0)) * images[:, 1], atol=0.01)
+    assert mask.abs().max() == 0
+    large = F.interpolate(images[:, 1], size=(70, 50), mode="bicubic")  # what is copied may be finer than what is painted
+    copied = mvg.PromptFilter.apply((torch.tensor([1.0, 0, 0, 0]).expand(2, 4), torch.ones(2)), large)
+    for p in (model.predict(model.encode_prompts(images[:, :1], labels[:, :1]), images[:, 1], copied), model.predict_canvas(images[:, 0], labels[:, 0], images[:, 1], copied)):
+        assert torch.allclose(p, torch.sigmoid(torch.tensor(2.0)) * large, atol=1e-5)
 
 
 def test_balance_by_hand(monkeypatch):
@@ -269,6 +295,7 @@ def test_balance_by_hand(monkeypatch):
     monkeypatch.setattr(model, "paint_labels", lambda *a: labels[:, 1:] + 0.25)
     loss = lambda **how: model(torch.zeros_like(labels), labels, "ar", colored=torch.tensor([True, True, True, False]), loss="l1", **how)[1]
     assert torch.allclose(loss(balance=True) / loss(), torch.tensor([5.0, 10.0, 1.0, 1.0]))
+    assert torch.allclose(loss(image_weight=3.0) / loss(), torch.tensor([1.0, 1.0, 1.0, 3.0]))
 
 
 def test_drop_path():
@@ -325,7 +352,7 @@ def test_sizes(size, millions):
 def test_a_model_starts_from_one_that_saw_fewer_pixels(tmp_path):
     few = small("fused")
     mvg.save(tmp_path / "few.pt", few)
-    more = mvg.build("demo", 64, width=48, depth=6, heads=4, head_channels=4, patch=16, head_stride=2, skip=True).eval()
+    more = mvg.build("demo", 64, width=48, depth=6, heads=4, head_channels=4, patch=16, head_stride=2, copies=True).eval()
     mvg.load_vit(more, tmp_path / "few.pt")
     images, labels = pairs(1, 2)
     large = lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)
@@ -340,7 +367,7 @@ def test_a_model_starts_from_one_that_saw_fewer_pixels(tmp_path):
         mvg.load_vit(mvg.build("demo"), tmp_path / "few.pt")
 
 
-@pytest.mark.parametrize("bad", (dict(size="demo", head_stride=3), dict(size="demo", layout="sequence", skip=True), dict(size="huge"), dict(size="demo", image_size=65), dict(size="demo", layout="x"), dict(size="demo", depht=3)))
+@pytest.mark.parametrize("bad", (dict(size="demo", head_stride=3), dict(size="demo", layout="sequence", copies=True), dict(size="huge"), dict(size="demo", image_size=65), dict(size="demo", layout="x"), dict(size="demo", depht=3)))
 def test_impossible_configurations(bad):
     with pytest.raises(ValueError):
         mvg.build(**bad)
