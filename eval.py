@@ -214,7 +214,7 @@ def answer_case(model, case, training, dataset, slices, seed, others=(), wrong=F
         answers["empty"] = (answer_without_label(model, prompt_images, classes, images, how.get("votes"), how.get("mode", "auto"), seed, dataset.name) if dataset.colored
                             else ask((prompt_images, np.zeros_like(prompt_labels))))
     side = (model.config.image_size,) * 2
-    seen = images if getattr(model.config, "copies", False) else data.resize_images(data.resize_images(torch.from_numpy(images), side), images.shape[1:]).numpy()  # as sharp as an answer
+    seen = images if getattr(model.config, "copies", False) and not how.get("tile") else data.resize_images(data.resize_images(torch.from_numpy(images), side), images.shape[1:]).numpy()  # as sharp as an answer
     matched = [data.matching_slice(k, len(images), len(prompt_images)) for k in range(len(images))]
     prompt_images, prompt_labels = prompt_images[matched], prompt_labels[matched]
     copied = data.resize_labels(torch.from_numpy(prompt_labels), images.shape[1:]).numpy() if dataset.colored else images

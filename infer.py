@@ -17,6 +17,7 @@ Research software, not a medical device.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The answer, at model resolution
+# The answer, at model resolution; that of a model that copies has an image's own
 
 def paint(model, prompt_images, prompt_labels, images, mode, fine=None):
     """Paint the labels of images (B, 1, s, s) from n prompts (n, 1, s, s), gray; a list of answers to be averaged.
@@ -57,9 +58,9 @@ def paint(model, prompt_images, prompt_labels, images, mode, fine=None):
     for group in groups:
         px, py = prompt_images[group].to(images_device), prompt_labels[group].to(images_device)
         cache = model.encode_prompts(px[None], py[None]) if mode == "ar" else None
-        copied = [()] * len(images)
+        copied = itertools.repeat(())
         if fine:
-            fitted = mvg.PromptFilter.fit(sum(mvg.PromptFilter.sums(x, y, torch.ones_like(x)) for x, y in fine[0][group]))
+            fitted = mvg.PromptFilter.fit(sum(mvg.PromptFilter.sums(x, y) for x, y in fine[0][group]))
             copied = [([c.to(images_device) for c in mvg.PromptFilter.apply(fitted, x)],) for x in fine[1].split(BATCH)]
         parts = [model.predict(cache, x, *c) if mode == "ar" else model.predict_canvas(px, py, x, *c)
                  for x, c in zip(images.to(images_device).split(BATCH), copied)]
@@ -478,7 +479,7 @@ def main(argv=None):
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
     add("--votes", type=int, help="colorings (binary: views) whose answers are averaged (default: 8 where training knew such views, else 1)")
     add("--neighbours", type=int, default=0, help="prompt slices before and after the matching one that are shown as well")
-    add("--tile", action="store_true", help="look at nine overlapping quarters at twice the resolution")
+    add("--tile", action="store_true", help="look at nine overlapping quarters at twice the model's resolution, and answer at that")
     add("--propagate", action="store_true", help="show each slice the answer of the one before (segmentation)")
     add("--overlay", action="store_true", help="also draw <output>_overlay.png")
     add("--confidence", action="store_true", help="also write <output>_confidence, the winning class's share of the votes (segmentation)")

@@ -155,7 +155,7 @@ class Block(nn.Module):
 class ConvHead(nn.Module):
     """Four feature maps -> pixels: "two convolution layers ... four feature maps" (section 3.3).
 
-    stride: pixels a feature is wide, 1 or, cheaper, more. copies (ours): the convolution also sees the visible pixels, and decides pixel by pixel
+    stride: width of a feature in pixels; above 1 is cheaper. copies (ours): the convolution also sees the visible pixels, and decides pixel by pixel
     how much of a label is painted and how much is copied from the image through the prompt's filter (`PromptFilter`).
     """
 
@@ -171,7 +171,7 @@ class ConvHead(nn.Module):
     def forward(self, taps, h, w, seen=None, copy=None, trust=None):
         """4 x (M, N, D) -> (M, outputs, H, W). To copy: the visible pixels (M, 2, H, W) of image and label, 0 where hidden, the copy of the label
         (M, 1, H', W') and how far it can be trusted, of the answer's size, which may be another: what is painted is then resized to it."""
-        P, C = self.side, self.channels
+        P, C = self.side, self.channels  # features, not pixels, along a patch
         x = self.expand(torch.cat([norm(tap) for norm, tap in zip(self.norms, taps)], -1))  # (M, N, P*P*C)
         x = x.view(-1, h, w, P, P, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, h * P, w * P, C)  # (M, H / stride, W / stride, C)
         x = x.permute(0, 3, 1, 2)  # channels last throughout
@@ -185,7 +185,8 @@ class ConvHead(nn.Module):
             return x
         if x.shape[-2:] != copy.shape[-2:]:
             x = F.interpolate(x, size=copy.shape[-2:], mode="bilinear", align_corners=False)
-        share = trust * torch.sigmoid(x[:, self.outputs:] + 2)  # an untrained head copies what can be trusted
+        odds = trust * torch.exp((x[:, self.outputs:].float() + 1).clamp(-10, 10))  # of copying: those of the trust, times what the head says
+        share = odds / (odds + 1 - trust + 1e-6)
         return torch.cat([x[:, :LABEL], x[:, LABEL:self.outputs] * (1 - share) + copy * share], 1)
 
 
@@ -193,43 +194,52 @@ class PromptFilter:
     """The linear filter that turns a prompt's image into its label as well as one can (ours): a denoised or translated image is mostly its input, and
     none of that need pass through the tokens. A ridge regression on the image, its averages over small squares and 1, in closed form; nothing is learned.
 
-    `sums` of several pairs add up. `trust`, 0 to 1, is what the filter explains of the label's variance beyond a half: next to nothing of masks.
+    `sums` of several pairs add up. trust, 0 to 1, is what the filter explains of the label's variance beyond a half: of most masks nothing.
     """
 
     @staticmethod
-    def basis(images):
-        """(..., 1, H, W) -> (..., 4, H, W) float32: the averages over `BLURS`, and 1."""
-        x = images.flatten(0, -4).float()
-        maps = [x if size == 1 else F.avg_pool2d(x, size, 1, size // 2, count_include_pad=False) for size in BLURS]
-        return torch.cat([*maps, torch.ones_like(x)], 1).unflatten(0, images.shape[:-3])
+    def basis(images, shown=None):
+        """(..., 1, H, W) -> (..., 4, H, W) float32: the averages over `BLURS` of the pixels where shown is 1 (default: all), and 1."""
+        x, ones = images.flatten(0, -4).float(), torch.ones_like(images, dtype=torch.float32).flatten(0, -4)
+        shown = ones if shown is None else shown.flatten(0, -4).float()
+        mean = lambda t, size: F.avg_pool2d(t, size, 1, size // 2)
+        maps = [x * shown if size == 1 else mean(x * shown, size) / mean(shown, size).clamp(min=1e-6) for size in BLURS]
+        return torch.cat([*maps, ones], 1).unflatten(0, images.shape[:-3])
 
     @staticmethod
-    def sums(images, labels, visible):
-        """What a regression needs of pairs (..., 1, H, W), visible 1 where both halves are, else 0 -> (..., 5, 5): products of the basis and the label."""
-        rows = torch.cat([PromptFilter.basis(images), labels.float()], -3).flatten(-2)  # (..., 5, HW)
-        rows = rows if rows.device.type == "mps" else rows.double()
+    def sums(images, labels, image_shown=None, label_shown=None):
+        """What a regression needs of pairs (..., 1, H, W), where both are shown (default: all) -> (..., 5, 5): products of the basis and the label."""
+        rows = torch.cat([PromptFilter.basis(images, image_shown), labels.float()], -3).flatten(-2)  # (..., 5, HW)
+        weight = 1 if image_shown is None else (image_shown * label_shown).flatten(-2)
+        total = 0
         with torch.autocast(rows.device.type, enabled=False):
-            return (rows * visible.flatten(-2)) @ rows.transpose(-1, -2)
+            for part in (rows * weight).split(2 ** 18, -1):  # weights are 0 or 1; a large picture is not held a second time in double
+                part = part if part.device.type == "mps" else part.double()
+                total = total + part @ part.transpose(-1, -2)
+        return total
 
     @staticmethod
     def fit(sums):
-        """Sums (..., 5, 5) -> (weights of the basis (..., 4), trust (...)), float32."""
-        n = sums[..., 3, 3].clamp(min=1)[..., None, None]
-        products = sums / n
-        ridge = 1e-5 * torch.eye(4, dtype=sums.dtype, device=sums.device)
-        A, b, label = products[..., :4, :4] + ridge, products[..., :4, 4], products[..., 4, 4]
-        weights = torch.linalg.solve_ex(A, b)[0]  # waits for no device
-        left = label - 2 * (weights * b).sum(-1) + (weights[..., None] * products[..., :4, :4] * weights[..., None, :]).sum((-2, -1))
+        """Sums (..., 5, 5) -> (weights of the basis (..., 4), trust (...)), float32. Waits for no device."""
+        products = sums / sums[..., 3:4, 3:4].clamp(min=1)
+        A, b, label = products[..., :4, :4], products[..., :4, 4], products[..., 4, 4]
+        rows = torch.cat([A + 1e-5 * torch.eye(4, dtype=A.dtype, device=A.device), b[..., None]], -1)
+        for i in range(4):  # Gauss and Jordan's elimination; the matrix is positive definite
+            pivot = rows[..., i:i + 1, :] / rows[..., i:i + 1, i:i + 1]
+            rows = torch.cat([rows[..., :i, :] - rows[..., :i, i:i + 1] * pivot, pivot, rows[..., i + 1:, :] - rows[..., i + 1:, i:i + 1] * pivot], -2)
+        weights = rows[..., 4]
+        left = label - 2 * (weights * b).sum(-1) + (weights[..., None] * A * weights[..., None, :]).sum((-2, -1))
         variance = label - products[..., 3, 4] ** 2
         explained = torch.where(variance > 1e-6, 1 - left / variance.clamp(min=1e-6), 0)
         return weights.float(), (2 * explained - 1).clamp(0, 1).float()
 
     @staticmethod
-    def apply(fitted, images):
-        """The filter, and its trust, on images (..., 1, H, W): twice the same shape."""
+    def apply(fitted, images, shown=None):
+        """The filter, and its trust, on images (..., 1, H, W): twice the same shape; no trust where an image is not shown."""
         weights, trust = fitted
-        copy = (PromptFilter.basis(images) * weights[..., None, None]).sum(-3, keepdim=True)
-        return copy, trust[..., None, None, None].expand_as(copy)
+        copy = (PromptFilter.basis(images, shown) * weights[..., None, None]).sum(-3, keepdim=True)
+        trust = trust[..., None, None, None].expand_as(copy)
+        return copy, trust if shown is None else trust * shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +270,7 @@ class Config:
             raise ValueError(f"layout is {self.layout!r}: choose fused or sequence")
         if self.positions not in ("rope", "learned"):
             raise ValueError(f"positions is {self.positions!r}: choose rope or learned")
-        if self.patch % self.head_stride:
+        if self.head_stride < 1 or self.patch % self.head_stride:
             raise ValueError(f"head_stride {self.head_stride} does not divide the patch size {self.patch}")
         if self.copies and self.layout != "fused":
             raise ValueError("copies needs the fused layout, where a token paints both halves of a pair")
@@ -366,10 +376,9 @@ class MVG(nn.Module):
             return ()
         shown = 1 - self.to_pixels(hidden, elements)  # (B, 4, 1, H, W)
         seen = elements * shown
-        images, labels = seen[:, 0::2], seen[:, 1::2]  # (B, 2, 1, H, W)
-        sums = PromptFilter.sums(images, labels, shown[:, 0::2] * shown[:, 1::2]).sum(1, keepdim=True)
-        copy, trust = PromptFilter.apply(PromptFilter.fit(sums.expand(-1, 2, -1, -1)), images)
-        return torch.cat([images, labels], 2), (copy, trust * shown[:, 0::2])
+        (images, labels), (image_shown, label_shown) = ((t[:, 0::2], t[:, 1::2]) for t in (seen, shown))  # (B, 2, 1, H, W)
+        fitted = PromptFilter.fit(PromptFilter.sums(images, labels, image_shown, label_shown).sum(1, keepdim=True).expand(-1, 2, -1, -1))
+        return torch.cat([images, labels], 2), PromptFilter.apply(fitted, images, image_shown)
 
     @torch.no_grad()
     def _copies(self, fitted, images, copied=None):
@@ -443,7 +452,7 @@ class MVG(nn.Module):
         """The filter of every asked pair, fitted to the pairs before it; nothing of a pair without context can be trusted."""
         if images.shape[1] == 1:
             return PromptFilter.fit(images.new_zeros(len(images), 1, 5, 5))
-        return PromptFilter.fit(PromptFilter.sums(images[:, :-1], labels[:, :-1], torch.ones_like(images[:, :-1])).cumsum(1))  # (B, n, 5, 5)
+        return PromptFilter.fit(PromptFilter.sums(images[:, :-1], labels[:, :-1]).cumsum(1))  # (B, n, 5, 5)
 
     def _blank(self, like, count, h, w):
         """Labels of which every patch is hidden, (B, count, N, D)."""
@@ -461,9 +470,9 @@ class MVG(nn.Module):
         colored     (B,) bool: the labels are colored masks, their background (0) counts `background_weight` (authors: 0.1)
         first       (b,) int: the samples that are also asked for their first label, without context (ar only)
         drop        (B, depth, 2) uniform numbers for drop path, None for none
-        balance     a colored sample of small organs counts as if they filled a tenth of its images, at most ten times (ours)
+        balance     a colored sample with little foreground counts as if it filled a tenth of its images, at most ten times (ours)
         image_weight    how much a sample counts whose label is an image (ours)
-        Returns (loss, loss of every sample (B,) detached, {term: its mean, detached}).
+        Returns (loss, loss of every sample as it counts (B,) detached, {term: its mean, detached}).
         """
         weight = torch.ones_like(labels) if valid is None else valid.to(labels.dtype)
         if colored is not None:
@@ -494,9 +503,9 @@ class MVG(nn.Module):
         else:
             raise ValueError(f"objective is {objective!r}: choose mim or ar")
         sample = error.sum(1) / weight.sum(1).clamp(min=1e-6)  # (B,)
-        if balance and colored is not None:  # an organ of a hundredth of the image would else teach a hundredth
-            filled = (labels != 0).flatten(1).float().mean(1).clamp(0.01, 0.1)
-            sample = torch.where(colored, sample * 0.1 / filled, sample)
+        if balance and colored is not None:  # a small organ would else teach little
+            filled = (labels != 0).flatten(1).float().mean(1)
+            sample = torch.where(colored & (filled > 0), sample * 0.1 / filled.clamp(0.01, 0.1), sample)
         if image_weight != 1 and colored is not None:
             sample = torch.where(colored, sample, image_weight * sample)
         terms = {k: (error[:, i].sum() / weight[:, i].sum().clamp(min=1e-6)).detach() for i, k in enumerate(names)}
@@ -523,7 +532,7 @@ class MVG(nn.Module):
         n = images.shape[1]
         h, w = size = self._size(images)
         depth, fuse_at = self.config.depth, self.config.fuse_at
-        fitted = PromptFilter.fit(PromptFilter.sums(images, labels, torch.ones_like(images)).sum(1, keepdim=True)) if self.config.copies else None
+        fitted = PromptFilter.fit(PromptFilter.sums(images, labels).sum(1, keepdim=True)) if self.config.copies else None
         images, labels = (self.place(self.patchify(x), s, h, w) for x, s in ((images, IMAGE), (labels, LABEL)))
         if self.config.layout == "sequence":
             x = torch.stack([images, labels], 2).flatten(1, 2) + self.role[PROMPT]
@@ -572,7 +581,7 @@ class MVG(nn.Module):
         hidden = torch.zeros(len(image), 4, h * w, dtype=torch.bool, device=image.device)
         hidden[:, 3] = True
         features = [f[:, -1:] for f in self._read_canvas(elements, hidden)]  # of the task's pair, or of Y
-        fitted = PromptFilter.fit(PromptFilter.sums(prompt_image, prompt_label, torch.ones_like(image))[:, None]) if self.config.copies else None
+        fitted = PromptFilter.fit(PromptFilter.sums(prompt_image, prompt_label)[:, None]) if self.config.copies else None
         return self._paint(features, size, *self._copies(fitted, image[:, None], copied))[:, 0, -1:].float()
 
 
@@ -688,18 +697,18 @@ def load_vit(model, path):
     """Start the trunk from a plain ViT's state dict (MAE's or timm's names); the head and what a ViT has not stay as they are.
 
     Its three input channels become one that answers to a gray picture as they did together, normalised as ImageNet is; the class token is
-    dropped, positions are resized. Raises ValueError where width, depth or patch differ, or the file is no ViT.
-    A checkpoint of this code is taken as `load_resized` does.
+    dropped, positions are resized. Raises ValueError where width, depth or patch differ, or the file is no ViT. Of a checkpoint of this code: `load_resized`.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "mvg" in state:
-            return load_resized(model, path)
-        state = state.get("model", state.get("state_dict", state))
-        kernel, bias, position = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], state["pos_embed"]
+        if not (ours := "mvg" in state):
+            state = state.get("model", state.get("state_dict", state))
+            kernel, bias, position = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], state["pos_embed"]
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no ViT's state dict ({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}): "
                          "pass a MAE or timm ViT saved with torch.save") from None
+    if ours:
+        return load_resized(model, path)
     c, depth = model.config, len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     for what, theirs, ours in (("width", kernel.shape[0], c.width), ("depth", depth, c.depth), ("patch", kernel.shape[-1], c.patch)):
         if theirs != ours:
@@ -721,18 +730,22 @@ def load_vit(model, path):
 
 
 def load_resized(model, path):
-    """Start from a model of the same width, depth and layout, of another image or patch size: its tokens of
-    pixels that were averaged to the other's size are the other's. Patch kernels and positions are resized; what the head has more of begins at 0. Raises ValueError where something else differs."""
-    own, theirs, side = model.state_dict(), load_checkpoint(path)["model"], model.config.patch
+    """Start from the checkpoint of a model that differs in image size, patch size and head alone.
+
+    Patch kernels and positions are resized: of an image enlarged by a whole factor the tokens are those that the other model makes of the image itself.
+    What the head has more of begins at 0. Raises ValueError where something else differs.
+    """
+    other, free = load(path), ("image_size", "patch", "head_stride", "copies", "drop_path", "max_prompts")
+    config, own, theirs, side = asdict(other.config), model.state_dict(), other.state_dict(), model.config.patch
+    for name, value in asdict(model.config).items():
+        if config[name] != value and name not in free:
+            raise ValueError(f"{path} has {name} {config[name]}, this model {value}: only {', '.join(free)} may differ")
     for name, value in own.items():
-        other = theirs.get(name, torch.zeros(0)).float()
-        if name == "embed.weight" and other.ndim == 4:
+        other = theirs[name]
+        if name == "embed.weight":
             other = F.interpolate(other, size=(side, side), mode="area") * (other.shape[-1] / side) ** 2
-        elif name == "position" and other.ndim == 4:
+        elif name == "position":
             other = F.interpolate(other, size=value.shape[-2:], mode="bicubic", align_corners=False)
-        if name.startswith(("head.conv.", "head.out.")) and other.ndim == value.ndim and all(o <= v for o, v in zip(other.shape, value.shape)):
-            value.zero_()[tuple(slice(n) for n in other.shape)] = other
-        elif other.shape == value.shape:
-            value.copy_(other)
-        else:
-            raise ValueError(f"{path} does not fit: {name} is {tuple(other.shape)}, in this model {tuple(value.shape)}: choose the --model it was trained as, or of its width and depth")
+        if any(o > v for o, v in zip(other.shape, value.shape)) or other.shape != value.shape and not name.startswith(("head.conv.", "head.out.")):
+            raise ValueError(f"{path} has {name} {tuple(other.shape)}, this model {tuple(value.shape)}: patch / head_stride must be as it was")
+        value.zero_()[tuple(slice(n) for n in other.shape)] = other

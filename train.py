@@ -50,7 +50,7 @@ def parse(argv=None):
     add("--positions", default="rope", choices=("rope", "learned"), help="rope: ours, beside learned ones; learned: the paper's vanilla ViT")
     add("--qk_norm", action=BooleanOptionalAction, default=True, help="normalise queries and keys (ours)")
     add("--drop_path", type=float, default=0.1, help="largest drop rate of a block's branches (authors)")
-    add("--init", metavar="FILE", help="start the trunk from a plain ViT's weights (MAE, timm; authors), or from a model of this code of the same width and depth, of another image or patch size")
+    add("--init", metavar="FILE", help="start the trunk from a plain ViT's weights (MAE, timm; authors), or from a checkpoint of the same width and depth, of another image or patch size")
     # the objective
     add("--objective", default="hybrid", choices=("hybrid", "ar", "mim"), help="hybrid: paper; ar or mim alone: its ablations")
     add("--seg_share", type=float, default=0.5, help="share of segmentation samples (paper)")
@@ -63,7 +63,7 @@ def parse(argv=None):
     add("--loss", default="smooth_l1", choices=("smooth_l1", "l1", "l2"), help="paper: smooth_l1")
     add("--beta", type=float, default=0.01, help="where smooth L1 turns from square to straight (authors)")
     add("--background_weight", type=float, default=0.1, help="weight of the background of colored labels (authors)")
-    add("--balance", action="store_true", help="small organs count as much as large ones, at most ten times (ours)")
+    add("--balance", action=BooleanOptionalAction, default=False, help="samples of little foreground count more, at most ten times (ours)")
     add("--image_weight", type=float, default=1.0, help="how much a sample counts whose label is an image (ours); with l2 its errors are small beside those of masks")
     # the data
     add("--data_fraction", type=float, default=1.0, help="share of the training cases of every dataset, at least one (paper, Figure 7)")
@@ -223,8 +223,8 @@ def main(argv=None):
         if isinstance(model, mvg.MVG):
             model.config.max_prompts = max(model.config.max_prompts, num_prompts[1])
     elif args.model == "unet":
-        if synthetic or len(store.datasets) != 1 or args.augment or args.init:
-            raise DataError(f"--model unet learns one task: name one of --datasets {' '.join(store.datasets) if store else ''}, without synthetic, --augment and --init")
+        if synthetic or len(store.datasets) != 1 or args.augment or args.init or args.balance:
+            raise DataError(f"--model unet learns one task: name one of --datasets {' '.join(store.datasets) if store else ''}, without synthetic, --augment, --balance and --init")
         model = unet.build(*store.datasets.values(), args.image_size)
     else:
         model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,

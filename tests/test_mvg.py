@@ -255,8 +255,13 @@ def test_the_prompts_filter_by_hand():
     square = lambda t: sum(t[..., i:i + 32, j:j + 32] for i in range(3) for j in range(3))
     labels = 0.7 * images - 0.4 * square(x) / square(inside) + 0.3
     shown = (torch.rand(2, 3, 1, 32, 32) < 0.5).float()
-    weights, trust = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images, labels + 9 * (1 - shown), shown))
-    assert torch.allclose(weights, torch.tensor([0.7, -0.4, 0.0, 0.3]), atol=0.06) and (trust > 0.99).all()
+    for where in ((), (torch.ones_like(shown), shown)):  # labels that are hidden do not count
+        weights, trust = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images, labels + (9 * (1 - shown) if where else 0), *where))
+        assert torch.allclose(weights, torch.tensor([0.7, -0.4, 0.0, 0.3]), atol=0.02) and (trust > 0.99).all()
+    block = F.interpolate(shown[..., :4, :4].flatten(0, 1), size=32).unflatten(0, (2, 3))  # nor do hidden pixels of the image, in averages either
+    hidden = torch.where(block > 0, images, torch.full_like(images, 9))
+    assert torch.equal(mvg.PromptFilter.basis(hidden, block), mvg.PromptFilter.basis(images, block))
+    assert mvg.PromptFilter.basis(torch.full_like(images, 0.5), block)[:, :, 1][block[:, :, 0] > 0].allclose(torch.tensor(0.5))
     copy, trusted = mvg.PromptFilter.apply((weights, trust), images)
     assert copy.shape == trusted.shape == images.shape and (copy - labels).abs().mean() < 0.01
     basis = mvg.PromptFilter.basis(images)[0, 0].flatten(1).double().numpy()
@@ -265,9 +270,9 @@ def test_the_prompts_filter_by_hand():
         label = share * images + (1 - share) * other
         y = label[0, 0].flatten().double().numpy()
         best, rest, *_ = np.linalg.lstsq(basis.T, y, rcond=None)
-        weights, trust = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images, label, torch.ones_like(images)))
+        weights, trust = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images, label))
         assert trust[0, 0].item() == pytest.approx(max(0, 1 - 2 * (rest[0] if len(rest) else 0) / ((y - y.mean()) ** 2).sum()), abs=0.02), share
-    flat = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images * 0, images * 0 + 0.5, torch.ones_like(images)))
+    flat = mvg.PromptFilter.fit(mvg.PromptFilter.sums(images * 0, images * 0 + 0.5))
     assert (flat[1] == 0).all()
 
 
@@ -278,24 +283,25 @@ def test_an_untrained_head_copies_what_can_be_trusted():
         painted = model.paint_labels(images, images)[:, 0], model.predict_canvas(images[:, 0], images[:, 0], images[:, 1])
         mask = model.paint_labels(images, labels)  # has nothing to do with its image
     for p in painted:
-        assert torch.allclose(p, torch.sigmoid(torch.tensor(2.0)) * images[:, 1], atol=0.01)
+        assert torch.allclose(p, images[:, 1], atol=0.01)
     assert mask.abs().max() == 0
     large = F.interpolate(images[:, 1], size=(70, 50), mode="bicubic")  # what is copied may be finer than what is painted
-    copied = mvg.PromptFilter.apply((torch.tensor([1.0, 0, 0, 0]).expand(2, 4), torch.ones(2)), large)
+    copied = mvg.PromptFilter.apply((torch.tensor([1.0, 0, 0, 0]).expand(2, 4), torch.full((2,), 0.5)), large)
     for p in (model.predict(model.encode_prompts(images[:, :1], labels[:, :1]), images[:, 1], copied), model.predict_canvas(images[:, 0], labels[:, 0], images[:, 1], copied)):
-        assert torch.allclose(p, torch.sigmoid(torch.tensor(2.0)) * large, atol=1e-5)
+        assert torch.allclose(p, torch.sigmoid(torch.tensor(1.0)) * large, atol=1e-5)
 
 
 def test_balance_by_hand(monkeypatch):
-    """Organs of 1/50 and of 1/500 of the images count 5 and 10 times, one of a half once, an image once."""
-    model, labels = small("fused"), torch.zeros(4, 2, 1, 50, 50)
+    """Organs of 1/50 and of 1/500 of the images count 5 and 10 times, one of a half once, an image once, no organ once."""
+    model, labels = small("fused"), torch.zeros(5, 2, 1, 50, 50)
     for i, rows in enumerate((1, 0.1, 25)):
         labels[i].flatten(2)[..., :int(50 * rows)] = 1
     labels[3] = 0.5
+    labels[4] = 0
     monkeypatch.setattr(model, "paint_labels", lambda *a: labels[:, 1:] + 0.25)
-    loss = lambda **how: model(torch.zeros_like(labels), labels, "ar", colored=torch.tensor([True, True, True, False]), loss="l1", **how)[1]
-    assert torch.allclose(loss(balance=True) / loss(), torch.tensor([5.0, 10.0, 1.0, 1.0]))
-    assert torch.allclose(loss(image_weight=3.0) / loss(), torch.tensor([1.0, 1.0, 1.0, 3.0]))
+    loss = lambda **how: model(torch.zeros_like(labels), labels, "ar", colored=torch.tensor([True, True, True, False, True]), loss="l1", **how)[1]
+    assert torch.allclose(loss(balance=True) / loss(), torch.tensor([5.0, 10.0, 1.0, 1.0, 1.0]))
+    assert torch.allclose(loss(image_weight=3.0) / loss(), torch.tensor([1.0, 1.0, 1.0, 3.0, 1.0]))
 
 
 def test_drop_path():
@@ -363,8 +369,10 @@ def test_a_model_starts_from_one_that_saw_fewer_pixels(tmp_path):
     for name in ("conv", "out"):  # what the head has more of is not used yet
         a, b = (getattr(m.head, name).weight for m in (few, more))
         assert torch.equal(b[:len(a), :a.shape[1]], a) and b.numel() > a.numel() and b.abs().sum().item() == pytest.approx(a.abs().sum().item())
-    with pytest.raises(ValueError, match="does not fit"):
-        mvg.load_vit(mvg.build("demo"), tmp_path / "few.pt")
+    for change, word in (({"width": 96}, "width"), ({"depth": 7}, "depth"), ({"qk_norm": False}, "qk_norm"), ({"positions": "learned"}, "positions"),
+                         ({"fuse_at": 3}, "fuse_at"), ({"layout": "sequence"}, "layout"), ({"patch": 16}, "head.expand")):
+        with pytest.raises(ValueError, match=f"few.pt has {word}"):
+            mvg.load_vit(mvg.build("demo", 64, **{**dict(width=48, depth=6, heads=4, head_channels=4), **change}), tmp_path / "few.pt")
 
 
 @pytest.mark.parametrize("bad", (dict(size="demo", head_stride=3), dict(size="demo", layout="sequence", copies=True), dict(size="huge"), dict(size="demo", image_size=65), dict(size="demo", layout="x"), dict(size="demo", depht=3)))
