@@ -8,7 +8,7 @@ Segmentation: IoU and Dice of every foreground class over a case's slices (the v
 a case, then over cases; a class absent from truth and prediction is skipped. Image tasks: MAE, PSNR, SSIM a slice on
 [0, 1], averaged over slices, then over cases; where the truth is known in part only (inpainting), there. Detection: boxes are
 read back from the painted image; IoU of every true box with the best of them. Beside every score stands that of copying (the
-prompt's label, or the input; for detection the prompt's boxes) and, with --wrong_prompt, those of prompts that should be of no
+prompt's label, or the input; for detection the prompt's boxes), for images that of the linear filter that fits the prompt pair best, and, with --wrong_prompt, those of prompts that should be of no
 use; intervals are bootstrapped over patients.
 
 Written into --out: scores.jsonl, a line a case as it is scored (a stopped evaluation goes on from there), then results.json,
@@ -221,8 +221,16 @@ def answer_case(model, case, training, dataset, slices, seed, others=(), wrong=F
     if dataset.task == "detection":  # the prompt's lines laid over the image
         lines = torch.from_numpy(np.clip(prompt_labels - prompt_images, 0, 1))
         copied = (seen + data.resize_images(lines, images.shape[1:]).numpy()).clip(0, 1)
+    if not dataset.colored:
+        answers["filter"] = np.concatenate([filtered(*(torch.from_numpy(a[None, k:k + 1]) for a in (prompt_images, prompt_labels, images))) for k in range(len(images))])
     return {**answers, "copy": copied, "truth": truth, "images": images, "seen": seen, "boxes": case.index["boxes"],
             "prompt_images": prompt_images, "prompt_labels": prompt_labels, "valid": valid, "prompt": " ".join(c.name for c in shown)}
+
+
+def filtered(prompt_image, prompt_label, image):
+    """What the linear filter from a prompt's image to its label makes of an image: (1, 1, H, W) tensors -> (1, H, W) array."""
+    fitted = mvg.PromptFilter.fit(mvg.PromptFilter.sums(prompt_image, prompt_label))
+    return mvg.PromptFilter.apply(fitted, image)[0][0].clamp(0, 1).numpy()
 
 
 def answer_without_label(model, prompt_images, classes, images, votes, mode, seed, name):
@@ -374,7 +382,7 @@ def main(argv=None):
         case, dataset, line = todo[name, case_name], store.datasets[name], {"dataset": name, "case": case_name}
         try:
             answer = answer_case(model, case, training[name], dataset, args.slices, args.seed, others(name), args.wrong_prompt, args.prompts, **how)
-            kinds = [k for k in ("prediction", "copy", *WRONG) if k in answer]
+            kinds = [k for k in ("prediction", "copy", "filter", *WRONG) if k in answer]
             line |= {"patient": case.patient, "prompt": answer["prompt"], "scores": {k: score(answer[k], answer, dataset) for k in kinds}}
         except (ValueError, OSError, RuntimeError) as error:
             line["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -425,7 +433,7 @@ def tabulate(lines, dataset):
     that do not cost anything (95% of the differences, over patients, reach down to 0)."""
     scored = [l for l in lines if "scores" in l]
     patients, result = [l["patient"] for l in scored], {"task": dataset.task, "cases": len(scored), "patients": len({l["patient"] for l in scored}), "failed": len(lines) - len(scored)}
-    for kind in (k for k in ("prediction", "copy", *WRONG) if any(k in l["scores"] for l in scored)):
+    for kind in (k for k in ("prediction", "copy", "filter", *WRONG) if any(k in l["scores"] for l in scored)):
         means = summary([l["scores"].get(kind, {}) for l in scored], patients, dataset)
         result |= means if kind == "prediction" else {kind: means}
     metric = next((m for m in MAIN if m in result), None)
@@ -471,13 +479,13 @@ def cell(scores, metric):
 
 
 def table(results):
-    """The scores of every dataset as a Markdown table, with their intervals, beside copying and the wrong prompts that were asked."""
-    wrong = [k for k in WRONG if any(k in r for r in results.values())]
-    lines = ["| dataset | task | cases / patients | score | prompted | copied | " + "".join(f"{WRONG[k]} | " for k in wrong), "|---" * (6 + len(wrong)) + "|"]
+    """The scores of every dataset as a Markdown table, with their intervals, beside copying, the linear filter and the wrong prompts that were asked."""
+    others = {k: title for k, title in {"filter": "linear filter", **WRONG}.items() if any(k in r for r in results.values())}
+    lines = ["| dataset | task | cases / patients | score | prompted | copied | " + "".join(f"{title} | " for title in others.values()), "|---" * (6 + len(others)) + "|"]
     for name, r in results.items():
         for metric in (m for m in ("mIoU", "Dice", "box_IoU", "PSNR", "SSIM") if m in r):
             lines.append(f"| {name} | {r['task']} | {r['cases']} / {r['patients']} | {metric} | "
-                         + " | ".join(cell(scores, metric) for scores in (r, r.get("copy"), *(r.get(k) for k in wrong))) + " |")
+                         + " | ".join(cell(scores, metric) for scores in (r, r.get("copy"), *(r.get(k) for k in others))) + " |")
     return "\n".join(line.strip() for line in lines)
 
 

@@ -287,6 +287,11 @@ def test_a_perfect_prediction_is_perfect_and_a_copied_prompt_scores_as_copying(s
             assert all(c.patient != case.patient for c in training if c.name == answer["prompt"])
             by_hand = [((answer["copy"] == c) & (answer["truth"] == c)).sum() / ((answer["copy"] == c) | (answer["truth"] == c)).sum() for c in (1, 2, 3)]
             assert evaluation.summary([evaluation.score(answer["copy"], answer, dataset)], ["a"], dataset)["mIoU"] == pytest.approx(np.mean(by_hand))
+            assert "filter" not in answer
+        else:  # by numpy's least squares
+            rows = lambda x: mvg.PromptFilter.basis(torch.from_numpy(x[None, :1]))[0].flatten(1).double().numpy().T
+            weights = np.linalg.lstsq(rows(answer["prompt_images"]), answer["prompt_labels"][0].flatten(), rcond=None)[0]
+            assert np.allclose(answer["filter"][0].flatten(), (rows(answer["images"]) @ weights).clip(0, 1), atol=0.02)
 
 
 def test_bad_input_gets_one_line(store, checkpoint, tmp_path, capsys):
