@@ -37,7 +37,7 @@ from readers import DataError, shape_text
 
 MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 BATCH = 16        # slices painted at once
-UNSURE = 0.65     # a class painted one by one is seen above 0.5, or where a slice has none of that, from this share of its brightest pixel on
+SURE, UNSURE = 0.7, 0.65  # a class painted one by one is seen above SURE, or where a slice has none of that, from the share UNSURE of its brightest pixel on
 MAX_FITS = 2 ** 26  # values of per-class fits held at once, 256 MiB
 LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
 
@@ -59,13 +59,35 @@ def paint(model, prompt_images, prompt_labels, images, mode, fine=None):
         px, py = prompt_images[group].to(images_device), prompt_labels[group].to(images_device)
         cache = model.encode_prompts(px[None], py[None]) if mode == "ar" else None
         copied = itertools.repeat(())
+        answer = lambda x, *c: model.predict(cache, x, *c) if mode == "ar" else model.predict_canvas(px, py, x, *c)
         if fine:
             fitted = mvg.PromptFilter.fit(sum(mvg.PromptFilter.sums(x, y) for x, y in fine[0][group]))
-            copied = [([c.to(images_device) for c in mvg.PromptFilter.apply(fitted, x)],) for x in fine[1].split(BATCH)]
-        parts = [model.predict(cache, x, *c) if mode == "ar" else model.predict_canvas(px, py, x, *c)
-                 for x, c in zip(images.to(images_device).split(BATCH), copied)]
-        answers.append(torch.cat(parts).cpu())
+            filtered = lambda x: [c.to(images_device) for c in mvg.PromptFilter.apply(fitted, x)]
+            copied = [(filtered(x),) for x in fine[1].split(BATCH)]
+        parts = torch.cat([answer(x, *c) for x, c in zip(images.to(images_device).split(BATCH), copied)])
+        if fine:
+            tried = [(answer(x[None], c), c[0], full.to(images_device), y.to(images_device)) for x, (full, y) in zip(px, fine[0][group]) for c in [filtered(full)]]
+            parts = mix(parts, torch.cat([c[0][0] for c in copied]), tried)
+        answers.append(parts.cpu())
     return answers
+
+
+def mix(painted, filtered, tried):
+    """Painted and filtered answers (B, 1, H, W), mixed as would have been best for the prompts themselves.
+
+    tried: [(painted, filtered, image, label)] of the prompts. The filter's share is by least squares, apart for where the two differ little and much: grain
+    is best filtered, a hole or a box painted. Pixels that a prompt leaves as they are say nothing of that.
+    """
+    steps = torch.tensor([0.03, 0.1, 0.2], device=painted.device)
+    sums = torch.zeros(2, len(steps) + 1, device=painted.device)
+    for paint, filt, image, label in tried:
+        apart = ((filt - paint) * (image != label)).flatten()
+        place = torch.bucketize(apart.abs(), steps)
+        sums[0].index_add_(0, place, (label - paint).flatten() * apart)
+        sums[1].index_add_(0, place, apart ** 2)
+    share = (sums[0] / sums[1].clamp(min=1e-6)).clamp(0, 1)
+    apart = filtered - painted
+    return painted + share[torch.bucketize(apart.abs(), steps)] * apart
 
 
 def paint_each(model, prompt_images, prompt_labels, images, mode):
@@ -110,7 +132,7 @@ def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", v
         gray = paint_each(model, *(torch.stack(t) for t in zip(*questions)), mode).unflatten(0, (votes, len(classes))).clamp(0, 1)
         gray = sum(back(g, v) for v, g in enumerate(gray)) / votes  # (C, B, 1, s, s)
         gray = gray[:, :, 0].transpose(0, 1)
-        fit = gray / (UNSURE * gray.flatten(2).amax(2)[..., None, None]).clamp(0.2, 0.5)  # 1 is where the class begins
+        fit = gray / (UNSURE * gray.flatten(2).amax(2)[..., None, None]).clamp(0.2, SURE)  # 1 is where the class begins
         fit = torch.cat([torch.ones_like(fit[:, :1]), fit], 1)
         return fit / fit.sum(1, keepdim=True)
     rng, fit = np.random.default_rng(seed), 0

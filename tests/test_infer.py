@@ -122,6 +122,16 @@ def test_a_model_that_copies_answers_images_at_their_own_resolution(mode):
     assert infer.predict(model, [(a, (a > 0.5).astype(np.uint8))], new[0], mode).dtype == np.uint8
 
 
+def test_painted_and_filtered_answers_are_mixed_as_was_best_for_the_prompt():
+    """Where they differ by 0.02 the filter was right of the prompt, by 0.15 the truth lay halfway, by 0.5 the paint was; what the prompt left alone is not asked."""
+    paint = torch.full((1, 1, 4, 4), 0.3)
+    apart = torch.tensor([0.02, 0.15, 0.5, 0.5]).view(4, 1).expand(1, 1, 4, 4)
+    label = paint + apart * torch.tensor([1.0, 0.5, 0.0, 1.0]).view(4, 1)
+    image = torch.cat([torch.zeros(1, 1, 3, 4), label[:, :, 3:]], 2)  # the last row is as it was
+    mixed = infer.mix(paint.flip(2), (paint + apart).flip(2), [(paint, paint + apart, image, label)])
+    assert torch.allclose(mixed.flip(2)[0, 0, :, 0], torch.tensor([0.32, 0.375, 0.3, 0.3]), atol=1e-6)
+
+
 def test_a_batch_answers_as_one_by_one():
     model, rng = mvg.build("demo", 32), np.random.default_rng(0)
     stack, label = rng.random((5, 32, 32)).astype(np.float32), rng.random((1, 32, 32)).astype(np.float32)
