@@ -836,7 +836,7 @@ class Episodes(torch.utils.data.Dataset):
     """Training samples by number: `episodes[step, i]` is sample i of the global batch of a step, always the same one.
 
     `synthetic` adds the endless procedural tasks (synthetic.py) to both groups, under that name; they need no store.
-    augment: the share of samples from the store that `augment` changes.
+    augment: the share of samples from the store that `augment` changes; close_up: the share of those with classes that `close_ups` changes.
     Of every dataset's training cases, those of the last `held_out` patients (at most a fifth of them) are kept in `held`, for validation; of the
     rest `data_fraction` (at least one), or at most `few`, are drawn from, the same ones whatever the seed.
     A sample (S = prompts + 1 pairs, the task pair last):
@@ -850,11 +850,11 @@ class Episodes(torch.utils.data.Dataset):
     def __init__(self, store, image_size, patch, depth, seed=0, num_prompts=(1, 1), objective="hybrid", seg_share=0.5,
                  mim_share=0.9, mask_ratio=0.75, hide_label=0.1, coloring="random", first_term="auto",
                  dataset_weights="equal", data_fraction=1.0, empty_slices=0.0, synthetic=False, synthetic_share=None, augment=0.0,
-                 few=None, held_out=0):
+                 few=None, held_out=0, close_up=0.0):
         self.store, self.image_size, self.patch, self.depth, self.seed = store, image_size, patch, depth, seed
         self.num_prompts, self.objective, self.mim_share = num_prompts, objective, mim_share
         self.mask_ratio, self.hide_label, self.coloring, self.first_term = mask_ratio, hide_label, coloring, first_term
-        self.empty_slices, self.synthetic_share, self.augment = empty_slices, synthetic_share, augment
+        self.empty_slices, self.synthetic_share, self.augment, self.close_up = empty_slices, synthetic_share, augment, close_up
         self.datasets = store.datasets if store else {}
         self.names = sorted(self.datasets) + [SYNTHETIC] * synthetic
         self.predefined = predefined_offsets(self.datasets.values())
@@ -930,15 +930,17 @@ class Episodes(torch.utils.data.Dataset):
             if self.empty_slices and rng.random() < self.empty_slices:
                 k = int(rng.integers(cases[at].slices))
             chosen = [self.draw_prompt(cases, at, k, rng) for _ in range(prompts)] + [(cases[at], k)]
+            near = group and self.close_up and rng.random() < self.close_up
             try:
-                pairs = [self.crop(*case.read(k), group, rng) for case, k in chosen]
+                pairs = [case.read(k) for case, k in chosen]
+                pairs = [self.crop(*pair, group, rng) for pair in (close_ups(pairs, rng) if near else pairs)]
             except Exception as error:  # whatever a damaged store brings about
                 raise DataError(f"sample {key[1]} of step {key[0]} cannot be read, {name} {', '.join(f'{c.name} slice {i}' for c, i in chosen)}: "
                                 f"{type(error).__name__}: {error}") from error
             images, labels, valid = (torch.stack([p[j] for p in pairs])[:, None] for j in range(3))
             if self.augment and rng.random() < self.augment:
                 alone = all(case is cases[at] for case, _ in chosen)
-                images, labels, valid = augment(images, labels, valid, group, rng, 4 if alone else 1)
+                images, labels, valid = augment(images, labels, valid, group, rng, 4 if alone else 1, near)
         shown = np.unique(labels[:-1].numpy()).astype(int) if group else []
         palette = make_palette([c for c in shown if c], self.coloring, rng, name, self.predefined)
         N = (self.image_size // self.patch) ** 2
@@ -977,20 +979,55 @@ class Episodes(torch.utils.data.Dataset):
         return tuple(t[y:y + size, x:x + size].contiguous() for t in (image, label, valid))
 
 
-def augment(images, labels, valid, colored, rng, apart=1):
+def extent(mask):
+    """Where a mask (H, W) is that is not empty: (its centre (y, x), its longer side), as shares of the picture."""
+    ends = [(i.min(), i.max() + 1) for i in np.nonzero(mask)]
+    return tuple((a + b) / 2 / n for (a, b), n in zip(ends, mask.shape)), max((b - a) / n for (a, b), n in zip(ends, mask.shape))
+
+
+def window(centre, side, shape):
+    """The part of a picture (H, W) around a centre (y, x), `side` high and wide, moved inside; both as shares of it: (rows, columns)."""
+    spans = []
+    for at, n in zip(centre, shape):
+        length = min(n, max(2, round(side * n)))
+        start = int(np.clip(round(at * n - length / 2), 0, n - length))
+        spans.append(slice(start, start + length))
+    return tuple(spans)
+
+
+def close_ups(pairs, rng):
+    """One class of a sample and nothing else, seen from near (ours): of pairs (image, label, valid or None), each (H, W), the task last, windows around a
+    class that the prompts show, of one size, 1.5 to 2.6 times its largest extent. As `infer.py` looks a second time where it has found something."""
+    shown = np.unique(np.concatenate([np.unique(label) for _, label, _ in pairs[:-1]]))
+    if not (shown > 0).any():
+        return pairs
+    asked = rng.choice(shown[shown > 0])
+    found = [extent(label == asked) if (label == asked).any() else None for _, label, _ in pairs]
+    somewhere = next(f for f in found if f)
+    side = float(np.clip(max(f[1] for f in found if f) * rng.uniform(1.5, 2.6), 0.2, 1))
+    nearer = []
+    for (image, label, valid), place in zip(pairs, found):
+        centre = np.add((place or somewhere)[0], rng.normal(0, 0.08 * side, 2))
+        rows, columns = window(centre, side, image.shape)
+        nearer.append((image[rows, columns], np.where(label == asked, label, 0)[rows, columns], valid if valid is None else valid[rows, columns]))
+    return nearer
+
+
+def augment(images, labels, valid, colored, rng, apart=1, near=False):
     """Another task made of the pairs (S, 1, H, W) of a sample, so that few datasets teach more than themselves (ours; the idea
     is the task augmentation of UniverSeg, Butoi et al. 2023).
 
     All pairs alike are mirrored and turned by quarters. With classes, all are also zoomed and get the same random curve of
     intensities, which makes other contrasts of the same anatomy; each is turned, moved, zoomed and brightened a little; and
     half of the time only some of the classes are asked for. apart: how much more than a little, so that a case that prompts itself teaches more than copying.
+    near: they are close-ups, and zoomed less.
     """
     S = len(images)
     zoom, move, turn, fine = np.ones(S), np.zeros((S, 2)), np.full(S, rng.integers(4) * np.pi / 2), colored
     mirror = rng.choice([-1, 1])
     if fine:
-        zoom = np.exp(rng.uniform(-0.5, 0.15) + rng.normal(0, 0.08 * apart, S))
-        move, turn = rng.uniform(-0.15, 0.15, 2) + rng.normal(0, 0.06 * apart, (S, 2)), turn + rng.normal(0, 0.12 * apart, S)
+        zoom = np.exp(rng.uniform(-0.15 if near else -0.5, 0.15) + rng.normal(0, 0.08 * apart, S))
+        move, turn = rng.uniform(-0.15, 0.15, 2) * (0.5 if near else 1) + rng.normal(0, 0.06 * apart, (S, 2)), turn + rng.normal(0, 0.12 * apart, S)
     c, s = np.cos(turn) * zoom, np.sin(turn) * zoom
     theta = torch.from_numpy(np.stack([np.stack([c * mirror, -s, move[:, 0]], -1), np.stack([s * mirror, c, move[:, 1]], -1)], 1)).float()
     grid = F.affine_grid(theta, images.shape, align_corners=False)

@@ -183,7 +183,7 @@ def answer_case(model, case, training, dataset, slices, seed, others=(), wrong=F
 
     The prompt is drawn from (seed, case), whatever other cases are scored. wrong: also answer prompts that should be of no use: of a case of
     another dataset (one of `others`), with every class called the next one, and without any answer (no class; a black image). prompts: how many training cases are shown;
-    how: votes, mode, neighbours, tile, propagate of `infer.predict_stack`. A U-Net takes no prompt.
+    how: votes, mode, neighbours, tile, propagate, close_up of `infer.predict_stack`. A U-Net takes no prompt.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{dataset.name}/{case.name}".encode())])
     shown = [data.evaluation_prompt(training, case, rng, slices)]
@@ -321,6 +321,7 @@ def main(argv=None):
     add("--neighbours", type=int, default=0, help="prompt slices before and after the matching one that are shown as well (paper: 0)")
     add("--tile", action="store_true", help="nine overlapping quarters at twice the resolution")
     add("--propagate", action="store_true", help="show each slice the answer of the one before")
+    add("--close_up", action=argparse.BooleanOptionalAction, help="look a second time, from near, where a class was seen (default: where training knew that)")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     add("--compare", nargs="+", metavar="NAME=RUN[,RUN]", help="score nothing, put finished runs side by side (their eval/results.json); several of one name are one column")
@@ -333,7 +334,7 @@ def main(argv=None):
     for name in ("seed", "neighbours"):
         if getattr(args, name) < 0:
             raise DataError(f"--{name} is {getattr(args, name)}: it must not be below 0")
-    how = {name: getattr(args, name) for name in ("votes", "mode", "neighbours", "tile", "propagate")}
+    how = {name: getattr(args, name) for name in ("votes", "mode", "neighbours", "tile", "propagate", "close_up")}
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         dist.init_process_group("gloo")

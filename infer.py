@@ -38,6 +38,7 @@ from readers import DataError, shape_text
 MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 BATCH = 16        # slices painted at once
 SURE, UNSURE = 0.7, 0.65  # a class painted one by one is seen above SURE, or where a slice has none of that, from the share UNSURE of its brightest pixel on
+NEAR, SECOND = 1.8, 0.67  # a second look's window is so many times as large as what was seen, and its answer counts so much
 MAX_FITS = 2 ** 26  # values of per-class fits held at once, 256 MiB
 LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
 
@@ -116,6 +117,63 @@ def choose_mode(model, segmentation, mode="auto"):
     return {"ar": "ar", "mim": "canvas"}.get(objective, "ar" if segmentation else "canvas")
 
 
+def segment_each(model, prompt_images, prompt_labels, images, classes, mode, votes=None):
+    """`segment` of a model trained on binary colorings, class by class: (B, 1, s, s) -> grays (B, C, s, s), 0 to 1."""
+    masks = torch.stack([(prompt_labels == c).float() for c in classes])
+    gray = paint_views(model, prompt_images.expand(masks.shape), masks, images.expand(len(classes), *images.shape), mode, votes)
+    return gray[:, :, 0].transpose(0, 1)
+
+
+def paint_views(model, prompt_images, prompt_labels, images, mode, votes=None):
+    """`paint_each` of one class against the rest, the mean over so many views, mirrored and turned by quarters (default: as `segment`), in [0, 1]."""
+    votes = votes or (8 if model.meta.get("augment") else 1)
+    turn = lambda x, view: torch.rot90(x.flip(-1) if view % 2 else x, view // 2 % 4, (-2, -1))
+    back = lambda x, view: torch.rot90(x, -(view // 2) % 4, (-2, -1)).flip(-1 if view % 2 else ())
+    views = [torch.cat([turn(t, v) for v in range(votes)]) for t in (prompt_images, prompt_labels, images)]
+    gray = paint_each(model, *views, mode).unflatten(0, (votes, -1)).clamp(0, 1)
+    return sum(back(g, v) for v, g in enumerate(gray)) / votes
+
+
+def begins(gray):
+    """The gray, above SURE or not, from which a class painted by itself is seen: (B, C, H, W) -> (B, C, 1, 1)."""
+    return (UNSURE * gray.flatten(2).amax(2)[..., None, None]).clamp(0.2, SURE)
+
+
+def fits(gray):
+    """Grays of classes painted one by one (B, C, H, W) -> how well every pixel fits each class (B, C + 1, H, W), summing to 1, background first."""
+    fit = torch.cat([torch.ones_like(gray[:, :1]), gray / begins(gray)], 1)
+    return fit / fit.sum(1, keepdim=True)
+
+
+def look_again(model, pairs, images, gray, classes, mode, votes=None):
+    """A second look from near, of each class by itself where the first one has seen it, as in training with --close_up; `gray` is changed in place.
+
+    pairs: prompts [(image, label)] and images [(H, W)], arrays at their own resolution; gray (B, C, H, W): what a first look at the images painted.
+    A window is NEAR times as large as the class, on the prompt or the image, whichever is larger; where that is hardly less than the whole, once is enough.
+    """
+    side, questions, places = model.config.image_size, [], []
+    seen = (gray > begins(gray)).numpy()
+    for c, value in enumerate(classes):
+        found = [data.extent(y == value) if (y == value).any() else None for _, y in pairs]
+        somewhere = next(f for f in found if f)
+        for b in np.flatnonzero(seen[:, c].any((1, 2))):
+            centre, size = data.extent(seen[b, c])
+            size = max(0.25, NEAR * max(size, *(f[1] for f in found if f)))
+            if size > 0.85:
+                continue
+            cut = lambda picture, centre: picture[data.window(centre, size, picture.shape)]
+            around = [(f or somewhere)[0] for f in found]
+            questions.append((look([cut(x, at) for (x, _), at in zip(pairs, around)], side, data.resize_images),
+                              look([cut(y, at) == value for (_, y), at in zip(pairs, around)], side, data.resize_labels).float(),
+                              look([cut(images[b], centre)], side, data.resize_images)))
+            places.append((b, c, *data.window(centre, size, images[b].shape)))
+    for start in range(0, len(questions), BATCH):
+        near = paint_views(model, *(torch.stack(t) for t in zip(*questions[start:start + BATCH])), mode, votes)
+        for (b, c, rows, columns), answer in zip(places[start:start + BATCH], near):
+            part = gray[b, c, rows, columns]
+            part += SECOND * (data.resize_images(answer[0, 0], part.shape) - part)
+
+
 def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", votes=None, seed=0, dataset=None):
     """How well every pixel fits each class: images (B, 1, s, s) -> (B, C + 1, s, s), summing to 1, background first.
 
@@ -124,17 +182,9 @@ def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", v
     turned); None: the eight views that training with --augment knew, else 1. dataset: whose colors a model trained on predefined ones uses.
     """
     mode, coloring = choose_mode(model, True, mode), model.meta.get("coloring", "random")
-    votes = votes or (8 if coloring == "binary" and model.meta.get("augment") else 1)
-    if coloring == "binary":  # one class against the rest, class by class
-        turn = lambda x, view: torch.rot90(x.flip(-1) if view % 2 else x, view // 2 % 4, (-2, -1))  # mirrored, turned by quarters
-        back = lambda x, view: torch.rot90(x, -(view // 2) % 4, (-2, -1)).flip(-1 if view % 2 else ())
-        questions = [(turn(prompt_images, v), turn((prompt_labels == c).float(), v), turn(images, v)) for v in range(votes) for c in classes]
-        gray = paint_each(model, *(torch.stack(t) for t in zip(*questions)), mode).unflatten(0, (votes, len(classes))).clamp(0, 1)
-        gray = sum(back(g, v) for v, g in enumerate(gray)) / votes  # (C, B, 1, s, s)
-        gray = gray[:, :, 0].transpose(0, 1)
-        fit = gray / (UNSURE * gray.flatten(2).amax(2)[..., None, None]).clamp(0.2, SURE)  # 1 is where the class begins
-        fit = torch.cat([torch.ones_like(fit[:, :1]), fit], 1)
-        return fit / fit.sum(1, keepdim=True)
+    if coloring == "binary":
+        return fits(segment_each(model, prompt_images, prompt_labels, images, classes, mode, votes))
+    votes = votes or 1
     rng, fit = np.random.default_rng(seed), 0
     for vote in range(votes):
         colors = data.spread_colors(len(classes))
@@ -175,16 +225,18 @@ def look(pictures, size, resize):
 
 
 def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, seed=0, dataset=None, slices=None, progress=None,
-                  neighbours=0, tile=False, propagate=False, confidence=None):
+                  neighbours=0, tile=False, propagate=False, confidence=None, close_up=None):
     """Answer every slice of a stack (K, H, W) float in [0, 1] -> (K, H, W): integers with the prompt's values, or floats.
 
     prompts: list of (images, labels), each (K_p, H_p, W_p), label integers or floats in [0, 1]
     slices: which slice of every prompt serves slice k, a list of K tuples; default floor(k * K_p / K), the paper's rule
     neighbours: so many slices before and after that one serve, too; tile: look at nine overlapping quarters at twice the resolution;
     propagate: the slice before with its answer counts as one more prompt (segmentation, slice by slice)
+    close_up: look a second time, from near, where a class was seen (segmentation by a model of binary colorings, not with tile; default: if it was trained so)
     confidence: a (K, H, W) float array to fill with the winning class's share of the votes, 1 / (classes + 1) to 1 (segmentation)
     """
     side, scale = model.config.image_size, 2 if tile else 1
+    close_up = (model.meta.get("close_up") if close_up is None else close_up) and segmentation and not tile and model.meta.get("coloring") == "binary"
     K, H, W = stack.shape
     slices = slices or [tuple(data.matching_slice(k, K, len(p[0])) for p in prompts) for k in range(K)]
     groups = {}
@@ -195,7 +247,6 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
     weight = weight[:, None] * weight
     for shown, members in groups.items():  # slices that share their prompt slices share one prompt cache
         pairs = [(p[0][k], p[1][k]) for p, s in zip(prompts, shown) for k in sorted({min(max(s + d, 0), len(p[0]) - 1) for d in range(-neighbours, neighbours + 1)})]
-        images = look([x for x, _ in pairs], scale * side, data.resize_images)
         classes = sorted({int(v) for _, y in pairs for v in np.unique(y)} - {0}) if segmentation else []
         if segmentation and not classes:
             if confidence is not None:
@@ -204,35 +255,38 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
                 progress.update(len(members))
             continue
         values = torch.tensor([0, *classes])  # resized by their numbers: floats hold no large values
-        number = lambda y: np.searchsorted([0, *classes], y)
-        labels = values[look([number(y) for _, y in pairs], scale * side, data.resize_labels)] if segmentation else \
-            look([y for _, y in pairs], scale * side, data.resize_images)
-
         own = lambda p: torch.from_numpy(np.array(p, np.float32))[None, None]
         fine = [(own(x), own(y)) for x, y in pairs] if model.config.copies and not segmentation and not tile else None
 
-        def answer(x, images, labels, which=()):
-            """(B, 1, scale * side, ...) -> fits (B, C + 1, H, W), or answers (B, 1, H, W). which: the slices' numbers."""
+        def answer(pairs, part):
+            """Prompts [(image, label)] and the numbers of slices -> fits (B, C + 1, H, W), or answers (B, 1, H, W)."""
+            x = look(stack[part], scale * side, data.resize_images)
+            images = look([x for x, _ in pairs], scale * side, data.resize_images)
+            labels = values[look([np.searchsorted([0, *classes], y) for _, y in pairs], scale * side, data.resize_labels)] if segmentation else \
+                look([y for _, y in pairs], scale * side, data.resize_images)
             if fine:
-                a = paint(model, images, labels, x, choose_mode(model, False, mode), (fine, torch.cat([own(stack[k]) for k in which])))
+                a = paint(model, images, labels, x, choose_mode(model, False, mode), (fine, torch.cat([own(stack[k]) for k in part])))
                 return sum(a) / len(a)
+            if close_up:
+                gray = data.resize_images(segment_each(model, images, labels, x, classes, choose_mode(model, True, mode), votes), (H, W))
+                look_again(model, pairs, stack[part], gray, classes, choose_mode(model, True, mode), votes)
+                return fits(gray)
             total, weights = 0, torch.zeros(x.shape[-2:])
             for rows, columns in windows(side, tile):
                 cut = [t[..., rows, columns] for t in (images, labels, x)]
-                part = segment(model, *cut, classes, mode, votes, seed, dataset) if segmentation else \
+                quarter = segment(model, *cut, classes, mode, votes, seed, dataset) if segmentation else \
                     sum(a := paint(model, *cut, choose_mode(model, False, mode))) / len(a)
-                whole = torch.zeros(*part.shape[:2], *x.shape[-2:])
-                whole[..., rows, columns] = part * weight
+                whole = torch.zeros(*quarter.shape[:2], *x.shape[-2:])
+                whole[..., rows, columns] = quarter * weight
                 total, weights[rows, columns] = total + whole, weights[rows, columns] + weight
             return data.resize_images(total / weights, (H, W))
 
         batch = 1 if propagate else max(1, min(BATCH, MAX_FITS // (H * W * (len(classes) + 1))))
         for part in (members[i:i + batch] for i in range(0, len(members), batch)):
-            x = look(stack[part], scale * side, data.resize_images)
-            result = answer(x, images, labels, part)
+            result = answer(pairs, part)
             if propagate and part[0] and np.isin(output[part[0] - 1], classes).any():
                 before = np.where(np.isin(output[part[0] - 1], classes), output[part[0] - 1], 0)
-                last = answer(x, look(stack[part[0] - 1:part[0]], scale * side, data.resize_images), values[look([number(before)], scale * side, data.resize_labels)])
+                last = answer([(stack[part[0] - 1], before)], part)
                 result = (len(pairs) * result + last) / (len(pairs) + 1)
             if segmentation:
                 fit, best = result.max(1)
@@ -255,7 +309,7 @@ def predict(model_or_path, prompts, image, mode="auto", votes=None, seed=0, devi
     image           (H, W) or (K, H, W) in [0, 1]
     mode            auto | ar | canvas; votes: colorings averaged; device: for a path, see mvg.pick_device; dataset: whose
                     colors to use, for a model trained on predefined ones
-    how             neighbours, tile, propagate and confidence of `predict_stack`
+    how             neighbours, tile, propagate, close_up and confidence of `predict_stack`
     Returns an array of the image's shape: the labels' integer type, or float32 in [0, 1]. Raises ValueError for arrays of another form.
     """
     if not prompts:
@@ -503,6 +557,7 @@ def main(argv=None):
     add("--neighbours", type=int, default=0, help="prompt slices before and after the matching one that are shown as well")
     add("--tile", action="store_true", help="look at nine overlapping quarters at twice the model's resolution, and answer at that")
     add("--propagate", action="store_true", help="show each slice the answer of the one before (segmentation)")
+    add("--close_up", action=argparse.BooleanOptionalAction, help="look a second time, from near, where a class was seen (default: where training knew that)")
     add("--overlay", action="store_true", help="also draw <output>_overlay.png")
     add("--confidence", action="store_true", help="also write <output>_confidence, the winning class's share of the votes (segmentation)")
     add("--report", action="store_true", help="also write <output>.json: what was used and assumed, volumes in ml, versions, seconds")
@@ -588,7 +643,7 @@ def answer_file(path, prompts, model, checkpoint, args, several):
     confidence = np.zeros(stack.shape, np.float32) if args.confidence else None
     with tqdm(total=len(stack), unit="slice", disable=None) as progress:
         answer = predict_stack(model, shown, stack, segmentation, args.mode, args.votes, args.seed, args.dataset, slices, progress,
-                               args.neighbours, args.tile, args.propagate, confidence)
+                               args.neighbours, args.tile, args.propagate, confidence, args.close_up)
     if not segmentation:
         answer = answer * (labels_range[1] - labels_range[0]) + labels_range[0]
         answer = answer if kind.kind == "f" else np.rint(answer).clip(np.iinfo(kind).min, np.iinfo(kind).max)

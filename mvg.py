@@ -470,13 +470,17 @@ class MVG(nn.Module):
         colored     (B,) bool: the labels are colored masks, their background (0) counts `background_weight` (authors: 0.1)
         first       (b,) int: the samples that are also asked for their first label, without context (ar only)
         drop        (B, depth, 2) uniform numbers for drop path, None for none
-        balance     a colored sample with little foreground counts as if it filled a tenth of its images, at most ten times (ours)
+        balance     a colored sample with little foreground counts as if it filled a tenth of its images, at most ten times; where the label of an image task
+                    is the image to within 0.1, it counts as background: a box or a hole is what there is to learn (ours)
         image_weight    how much a sample counts whose label is an image (ours)
         Returns (loss, loss of every sample as it counts (B,) detached, {term: its mean, detached}).
         """
         weight = torch.ones_like(labels) if valid is None else valid.to(labels.dtype)
         if colored is not None:
-            background = (labels == 0) & colored.view(-1, 1, 1, 1, 1)
+            masks = colored.view(-1, 1, 1, 1, 1)
+            background = (labels == 0) & masks
+            if balance:
+                background = background | ((labels - images).abs() < 0.1) & ~masks
             weight = torch.where(background, background_weight * weight, weight)
 
         def errors(painted, target, weight):  # (B, E), the sums over pixels and those of their weights
@@ -601,6 +605,7 @@ def pixel_loss(painted, target, kind, beta):
 
 SIZES = {
     "demo": dict(width=192, depth=8, heads=6, head_channels=16, patch=8, image_size=64),
+    "demo96": dict(width=192, depth=8, heads=6, head_channels=16, patch=8, image_size=96, copies=True),
     "pocket": dict(width=192, depth=8, heads=6, head_channels=16, patch=16, image_size=128, head_stride=2, copies=True),
     "tiny": dict(width=192, depth=12, heads=3, head_channels=16),
     "small": dict(width=384, depth=12, heads=6, head_channels=32),
@@ -610,7 +615,7 @@ SIZES = {
 
 
 def build(size, image_size=None, layout="fused", **config):
-    """A model with fresh weights. size: a name of SIZES; image_size in pixels (default 448, demo 64, pocket 128); the rest: Config.
+    """A model with fresh weights. size: a name of SIZES; image_size in pixels (default 448; 64, 96 and 128 for demo, demo96 and pocket); the rest: Config.
 
     Raises ValueError for an unknown size or an impossible configuration.
     """

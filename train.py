@@ -45,7 +45,7 @@ def parse(argv=None):
     add("--brats_pairs", nargs="+", metavar="FROM:TO", help="what BraTS-GLI translates, of t1n t1c t2w t2f (default: t1c:t2w t2w:t1c, authors)")
     # the model
     add("--model", default="large", choices=[*mvg.SIZES, "unet"], help="size; the paper names none, large is the authors'; unet: a specialist for one dataset, to compare with")
-    add("--image_size", type=int, help="side of the crop in pixels (default: 448, the paper's; 64 for demo, 128 for pocket)")
+    add("--image_size", type=int, help="side of the crop in pixels (default: 448, the paper's; 64, 96 and 128 for demo, demo96 and pocket)")
     add("--layout", default="fused", choices=("fused", "sequence"), help="fused: authors; sequence: the paper's text")
     add("--positions", default="rope", choices=("rope", "learned"), help="rope: ours, beside learned ones; learned: the paper's vanilla ViT")
     add("--qk_norm", action=BooleanOptionalAction, default=True, help="normalise queries and keys (ours)")
@@ -63,7 +63,7 @@ def parse(argv=None):
     add("--loss", default="smooth_l1", choices=("smooth_l1", "l1", "l2"), help="paper: smooth_l1")
     add("--beta", type=float, default=0.01, help="where smooth L1 turns from square to straight (authors)")
     add("--background_weight", type=float, default=0.1, help="weight of the background of colored labels (authors)")
-    add("--balance", action=BooleanOptionalAction, default=False, help="samples of little foreground count more, at most ten times (ours)")
+    add("--balance", action=BooleanOptionalAction, default=False, help="samples of little foreground count more, at most ten times, and what an image task leaves as it is counts as background (ours)")
     add("--image_weight", type=float, default=1.0, help="how much a sample counts whose label is an image (ours); with l2 its errors are small beside those of masks")
     # the data
     add("--data_fraction", type=float, default=1.0, help="share of the training cases of every dataset, at least one (paper, Figure 7)")
@@ -73,6 +73,7 @@ def parse(argv=None):
     add("--strict", action="store_true", help="do not start where a case cannot be used; otherwise it is named and left out")
     add("--synthetic_share", type=float, help="add the procedural tasks, as this share of the draws (default with --datasets ... synthetic: that of one dataset)")
     add("--augment", type=float, default=0.0, help="share of samples made into other tasks by turning, zooming, other contrasts (paper: none)")
+    add("--close_up", type=float, default=0.0, help="share of segmentation samples that see one class from near, as infer.py does at a second look (ours)")
     add("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, else 0)")
     # the optimisation
     add("--optimizer", default="adamw", choices=("adamw", "muon"), help="adamw: paper; muon: on the blocks' matrices, torch 2.9 and newer (ours)")
@@ -137,19 +138,19 @@ def parse(argv=None):
 
 
 TINY, HUGE = 1e-12, 1e12
-RANGES = (("seg_share mim_share hide_label empty_slices warmup synthetic_share augment", 0, 1, "a share is from 0 to 1"),
+RANGES = (("seg_share mim_share hide_label empty_slices warmup synthetic_share augment close_up", 0, 1, "a share is from 0 to 1"),
           ("mask_ratio data_fraction layer_decay", TINY, 1, "above 0, at most 1"),
           ("drop_path", 0, 0.99, "a rate is from 0 to below 1"),
           ("epochs steps stop_at image_size image_weight batch_size accumulate cases lr beta clip log_every save_every", TINY, HUGE, "it must be above 0"),
           ("seed workers weight_decay background_weight validate_cases", 0, HUGE, "it must not be below 0"))
 
 # What a model is fine-tuned with unless said otherwise: what it was trained with.
-RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "balance", "image_weight", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment")
+RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "balance", "image_weight", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment", "close_up")
 
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",
          "hide_label", "first_term", "num_prompts", "coloring", "optimizer", "batch_size", "accumulate", "layer_decay", "seed", "data_fraction", "cases",
-         "validate_cases", "datasets", "dataset_weights", "empty_slices", "synthetic_share", "augment", "bf16", "brats_pairs")
+         "validate_cases", "datasets", "dataset_weights", "empty_slices", "synthetic_share", "augment", "close_up", "bf16", "brats_pairs")
 
 
 def make_optimizers(model, args):
@@ -223,8 +224,8 @@ def main(argv=None):
         if isinstance(model, mvg.MVG):
             model.config.max_prompts = max(model.config.max_prompts, num_prompts[1])
     elif args.model == "unet":
-        if synthetic or len(store.datasets) != 1 or args.augment or args.init or args.balance:
-            raise DataError(f"--model unet learns one task: name one of --datasets {' '.join(store.datasets) if store else ''}, without synthetic, --augment, --balance and --init")
+        if synthetic or len(store.datasets) != 1 or args.augment or args.close_up or args.init or args.balance:
+            raise DataError(f"--model unet learns one task: name one of --datasets {' '.join(store.datasets) if store else ''}, without synthetic, --augment, --close_up, --balance and --init")
         model = unet.build(*store.datasets.values(), args.image_size)
     else:
         model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
@@ -235,7 +236,7 @@ def main(argv=None):
     episodes = data.Episodes(store, c.image_size, c.patch, c.depth, args.seed, num_prompts, "ar" if specialist else args.objective, args.seg_share,
                              args.mim_share, args.mask_ratio, args.hide_label, args.coloring, args.first_term,
                              args.dataset_weights, args.data_fraction, args.empty_slices, synthetic, args.synthetic_share, args.augment,
-                             args.cases, args.validate_cases)
+                             args.cases, args.validate_cases, args.close_up)
     steps = args.steps or max(1, round(args.epochs * len(episodes) / (args.batch_size * args.accumulate * ranks)))
     drawn_from = [n for n in episodes.names if n not in episodes.excluded]
     say(f"{len(episodes)} training slices an epoch from {len(drawn_from)} datasets: "
@@ -244,7 +245,7 @@ def main(argv=None):
         say(f"{name} is left out: it has no training case with foreground")
 
     # ---- model
-    model.meta = {"coloring": args.coloring, "objective": args.objective, "augment": args.augment, "datasets": drawn_from,
+    model.meta = {"coloring": args.coloring, "objective": args.objective, "augment": args.augment, "close_up": args.close_up, "datasets": drawn_from,
                   "predefined": list(episodes.predefined) if args.coloring == "predefined" else None}
     model.to(device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16

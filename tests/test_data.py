@@ -196,9 +196,50 @@ def test_a_case_that_prompts_itself_is_moved_apart():
     assert np.mean(shared[1]) > 0.5 and np.mean(shared[4]) < 0.35
 
 
+def test_windows_by_hand():
+    mask = np.zeros((10, 20), bool)
+    mask[2:4, 5:15] = True
+    assert data.extent(mask) == ((0.3, 0.5), 0.5)
+    assert data.window((0.3, 0.5), 0.4, mask.shape) == (slice(1, 5), slice(6, 14))
+    assert data.window((0.0, 1.0), 0.4, mask.shape) == (slice(0, 4), slice(12, 20))  # moved inside
+    assert data.window((0.5, 0.5), 1.0, mask.shape) == (slice(0, 10), slice(0, 20)) and data.window((0.5, 0.5), 0.01, (3, 1)) == (slice(0, 2), slice(0, 1))
+
+
+def test_close_ups_show_one_class_of_the_prompt_from_near():
+    rng = np.random.default_rng(0)
+    label = np.zeros((2, 60, 80), np.float32)
+    label[0, 10:16, 10:18], label[1, 30:36, 50:58], label[:, 40:42, 70:74] = 1, 1, 2
+    label[1, 0, 0] = 3  # the prompt does not show it
+    seen = set()
+    for _ in range(50):
+        (image, mask, valid), (other, answer, none) = data.close_ups([(label[0] / 9, label[0], label[0] > 0), (label[1] / 9, label[1], None)], rng)
+        (asked,) = np.unique(mask[mask > 0])
+        seen.add(asked)
+        size = {1: 80, 2: 26.7}[asked] / 800  # of the picture: 8 of 80 pixels, 2 of 60 are less than 4 of 80
+        for picture in (image, other):
+            assert 0.2 <= picture.shape[0] / 60 + 0.02 and picture.shape[0] / 60 <= max(0.2, 2.6 * size) + 0.02 and abs(picture.shape[0] / 60 - picture.shape[1] / 80) < 0.03
+        assert set(np.unique(answer)) <= {0, asked} and (answer == asked).any() and none is None
+        assert np.array_equal(valid, mask + (np.rint(image * 9) > 0) * (mask == 0) > 0)  # cut alike, whatever is asked for
+        assert np.array_equal(np.rint(other * 9) == asked, answer == asked)
+    assert seen == {1, 2}
+    empty = [(label[0], np.zeros((60, 80)), None)] * 2
+    assert data.close_ups(empty, rng) is empty
+
+
+def test_close_ups_are_drawn_as_often_as_asked_for(store, monkeypatch):
+    asked, real = [], data.close_ups
+    monkeypatch.setattr(data, "close_ups", lambda *a: asked.append(1) or real(*a))
+    for share, low, high in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):
+        asked.clear()
+        episodes = data.Episodes(store, 32, 8, 8, seg_share=1.0, objective="ar", close_up=share)
+        samples = [episodes[0, i] for i in range(200)]
+        assert low <= len(asked) <= high and all(s["images"].shape == (2, 1, 32, 32) for s in samples)
+    assert all(len(s["labels"].unique()) <= 2 for s in samples)  # one class each
+
+
 def test_few_shot_asks_for_it(store, monkeypatch):
     asked, real = [], data.augment
-    monkeypatch.setattr(data, "augment", lambda *a: asked.append(a[-1]) or real(*a))
+    monkeypatch.setattr(data, "augment", lambda *a: asked.append(a[-2]) or real(*a))
     for few, apart in ((1, 4), (3, 1)):
         asked.clear()
         episodes = data.Episodes(data.Store(store.root, ["msd_hippocampus"]), 64, 8, 8, augment=1.0, few=few)

@@ -587,6 +587,55 @@ def test_votes_of_a_binary_model_are_views(echo, monkeypatch):
     assert torch.equal(many[:2], few)  # one by one, or side by side
 
 
+def test_a_second_look_from_near(echo, monkeypatch):
+    """Where a class was seen, the same question is asked once more around it, on the prompt's side around the prompt's; else nothing is."""
+    echo.meta, asked = {"coloring": "binary", "close_up": 0.3}, []
+    encode, predict = echo.encode_prompts, echo.predict
+    monkeypatch.setattr(echo, "encode_prompts", lambda images, labels: asked.append((images.clone(), labels.clone())) or encode(images, labels))
+    rng = np.random.default_rng(0)
+    image, label = rng.random((128, 128)), np.zeros((128, 128), int)
+    label[20:36, 30:50], label[80:90, 90:94], label[110:, :] = 5, 7, 9  # the last one spans the picture
+    assert np.array_equal(infer.predict(echo, [(image, label)], image), label)
+    first, second = asked
+    assert len(first[1]) == 3 and len(second[1]) == 2  # classes looked at, and looked at again
+    for shown, labels, value in zip(*second, (5, 7)):
+        rows, columns = data.window(data.extent(label == value)[0], max(0.25, infer.NEAR * data.extent(label == value)[1]), label.shape)
+        assert torch.allclose(shown[0], infer.look([image[rows, columns]], 64, data.resize_images)[0].float())
+        assert torch.equal(labels[0], infer.look([(label == value)[rows, columns]], 64, data.resize_labels)[0].float())
+
+    for options, looks in (({"close_up": False}, 1), ({"tile": True}, 9), ({}, 2)):
+        asked.clear()
+        infer.predict(echo, [(image, label)], image, **options)
+        assert len(asked) == looks
+    monkeypatch.setattr(echo, "predict", lambda cache, x: torch.zeros_like(x))  # sees nothing
+    asked.clear()
+    assert not infer.predict(echo, [(image, label)], image).any() and len(asked) == 1
+    echo.meta = {"coloring": "random", "close_up": 0.3}  # all classes in one picture: there is no near
+    asked.clear()
+    infer.predict(echo, [(image, label)], image, close_up=True)
+    assert len(asked) == 1
+
+
+def test_a_second_look_moves_what_the_first_one_saw(echo):
+    """Two prompts of which one lacks the class, pictures of other shapes than the prompts', and a part that is as the second look says."""
+    echo.meta = {"coloring": "binary", "close_up": 0.3}
+    label, empty = np.zeros((100, 50), int), np.zeros((30, 40), int)
+    label[10:20, 5:10] = 3
+    images = np.random.default_rng(0).random((2, 60, 90))
+    gray = torch.zeros(2, 1, 60, 90)
+    gray[1, 0, 30:36, 45:54] = 1  # the second image only
+    before = gray.clone()
+    infer.look_again(echo, [(label * 0.1, label), (empty * 0.1, empty)], images, gray, [3], "ar", 8)
+    assert torch.equal(gray[0], before[0])
+    rows, columns = data.window((0.55, 0.55), 0.25, (60, 90))
+    outside = torch.ones(60, 90, dtype=torch.bool)
+    outside[rows, columns] = False
+    assert torch.equal(gray[1, 0][outside], before[1, 0][outside])
+    near = data.resize_images(infer.look([(label == 3)[data.window((0.15, 0.15), 0.25, (100, 50))]], 64, data.resize_labels).float() / 2, (15, 22))[0, 0]
+    old = before[1, 0, rows, columns]
+    assert torch.allclose(gray[1, 0, rows, columns], old + infer.SECOND * (near - old), atol=1e-5)
+
+
 def test_predefined_colors_are_those_of_the_class_whatever_else_is_shown(tmp_path, echo, monkeypatch):
     """Classes 1 and 3 without 2 keep their own grays, from Python and from the command line."""
     echo.meta, seen = {"coloring": "predefined", "predefined": [{"acdc": 10}, 20]}, []
