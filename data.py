@@ -979,14 +979,19 @@ class Episodes(torch.utils.data.Dataset):
         return tuple(t[y:y + size, x:x + size].contiguous() for t in (image, label, valid))
 
 
-def extent(mask):
-    """Where a mask (H, W) is that is not empty: (its centre (y, x), its longer side), as shares of the picture."""
-    ends = [(i.min(), i.max() + 1) for i in np.nonzero(mask)]
+def extent(mask, trim=0.0):
+    """Where a mask (H, W) is: (its centre (y, x), its larger side), as shares of the picture; None where it is empty. trim: the share of it that may be left out at every end."""
+    ends = []
+    for axis in (1, 0):
+        upto = mask.sum(axis).cumsum()
+        if not upto[-1]:
+            return None
+        ends.append((np.searchsorted(upto, trim * upto[-1], "right"), np.searchsorted(upto, (1 - trim) * upto[-1]) + 1))
     return tuple((a + b) / 2 / n for (a, b), n in zip(ends, mask.shape)), max((b - a) / n for (a, b), n in zip(ends, mask.shape))
 
 
 def window(centre, side, shape):
-    """The part of a picture (H, W) around a centre (y, x), `side` high and wide, moved inside; both as shares of it: (rows, columns)."""
+    """The part of a picture (H, W) around a centre (y, x), `side` high and wide, moved inside; both as shares of it: (rows, columns), at least 2 pixels each."""
     spans = []
     for at, n in zip(centre, shape):
         length = min(n, max(2, round(side * n)))
@@ -997,12 +1002,12 @@ def window(centre, side, shape):
 
 def close_ups(pairs, rng):
     """One class of a sample and nothing else, seen from near (ours): of pairs (image, label, valid or None), each (H, W), the task last, windows around a
-    class that the prompts show, of one size, 1.5 to 2.6 times its largest extent. As `infer.py` looks a second time where it has found something."""
+    class that the prompts show, of one size, 1.5 to 2.6 times its largest extent, at least a fifth of the picture. As `infer.py` looks a second time where it has found something."""
     shown = np.unique(np.concatenate([np.unique(label) for _, label, _ in pairs[:-1]]))
     if not (shown > 0).any():
         return pairs
     asked = rng.choice(shown[shown > 0])
-    found = [extent(label == asked) if (label == asked).any() else None for _, label, _ in pairs]
+    found = [extent(label == asked) for _, label, _ in pairs]
     somewhere = next(f for f in found if f)
     side = float(np.clip(max(f[1] for f in found if f) * rng.uniform(1.5, 2.6), 0.2, 1))
     nearer = []

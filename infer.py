@@ -37,7 +37,7 @@ from readers import DataError, shape_text
 
 MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 BATCH = 16        # slices painted at once
-SURE, UNSURE = 0.7, 0.65  # a class painted one by one is seen above SURE, or where a slice has none of that, from the share UNSURE of its brightest pixel on
+SEEN, FAINT = 0.65, 0.2   # a class painted by itself is seen from the share SEEN of a slice's brightest pixel on, and never below the gray FAINT
 NEAR, SECOND = 1.8, 0.67  # a second look's window is so many times as large as what was seen, and its answer counts so much
 MAX_FITS = 2 ** 26  # values of per-class fits held at once, 256 MiB
 LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
@@ -118,14 +118,14 @@ def choose_mode(model, segmentation, mode="auto"):
 
 
 def segment_each(model, prompt_images, prompt_labels, images, classes, mode, votes=None):
-    """`segment` of a model trained on binary colorings, class by class: (B, 1, s, s) -> grays (B, C, s, s), 0 to 1."""
+    """What a model trained on binary colorings paints for each class by itself: arguments of `segment` -> grays (B, C, s, s), 0 to 1."""
     masks = torch.stack([(prompt_labels == c).float() for c in classes])
     gray = paint_views(model, prompt_images.expand(masks.shape), masks, images.expand(len(classes), *images.shape), mode, votes)
     return gray[:, :, 0].transpose(0, 1)
 
 
 def paint_views(model, prompt_images, prompt_labels, images, mode, votes=None):
-    """`paint_each` of one class against the rest, the mean over so many views, mirrored and turned by quarters (default: as `segment`), in [0, 1]."""
+    """`paint_each`, same shapes, the mean over so many views, mirrored and turned by quarters (default: as `segment`), in [0, 1]."""
     votes = votes or (8 if model.meta.get("augment") else 1)
     turn = lambda x, view: torch.rot90(x.flip(-1) if view % 2 else x, view // 2 % 4, (-2, -1))
     back = lambda x, view: torch.rot90(x, -(view // 2) % 4, (-2, -1)).flip(-1 if view % 2 else ())
@@ -135,8 +135,8 @@ def paint_views(model, prompt_images, prompt_labels, images, mode, votes=None):
 
 
 def begins(gray):
-    """The gray, above SURE or not, from which a class painted by itself is seen: (B, C, H, W) -> (B, C, 1, 1)."""
-    return (UNSURE * gray.flatten(2).amax(2)[..., None, None]).clamp(0.2, SURE)
+    """The gray from which a class painted by itself is seen: (B, C, H, W) -> (B, C, 1, 1)."""
+    return (SEEN * gray.flatten(2).amax(2)[..., None, None]).clamp(min=FAINT)
 
 
 def fits(gray):
@@ -149,29 +149,29 @@ def look_again(model, pairs, images, gray, classes, mode, votes=None):
     """A second look from near, of each class by itself where the first one has seen it, as in training with --close_up; `gray` is changed in place.
 
     pairs: prompts [(image, label)] and images [(H, W)], arrays at their own resolution; gray (B, C, H, W): what a first look at the images painted.
-    A window is NEAR times as large as the class, on the prompt or the image, whichever is larger; where that is hardly less than the whole, once is enough.
+    A window is NEAR times as large as the class, on the prompts or the image, whichever is largest, and at least a quarter of the picture; from 0.85 of it on, once
+    is enough. Outside the window the class is not, and a hundredth of what was seen at either end does not move it.
     """
-    side, questions, places = model.config.image_size, [], []
+    side, places = model.config.image_size, []
     seen = (gray > begins(gray)).numpy()
     for c, value in enumerate(classes):
-        found = [data.extent(y == value) if (y == value).any() else None for _, y in pairs]
-        somewhere = next(f for f in found if f)
-        for b in np.flatnonzero(seen[:, c].any((1, 2))):
-            centre, size = data.extent(seen[b, c])
-            size = max(0.25, NEAR * max(size, *(f[1] for f in found if f)))
-            if size > 0.85:
-                continue
-            cut = lambda picture, centre: picture[data.window(centre, size, picture.shape)]
-            around = [(f or somewhere)[0] for f in found]
-            questions.append((look([cut(x, at) for (x, _), at in zip(pairs, around)], side, data.resize_images),
-                              look([cut(y, at) == value for (_, y), at in zip(pairs, around)], side, data.resize_labels).float(),
-                              look([cut(images[b], centre)], side, data.resize_images)))
-            places.append((b, c, *data.window(centre, size, images[b].shape)))
-    for start in range(0, len(questions), BATCH):
-        near = paint_views(model, *(torch.stack(t) for t in zip(*questions[start:start + BATCH])), mode, votes)
-        for (b, c, rows, columns), answer in zip(places[start:start + BATCH], near):
-            part = gray[b, c, rows, columns]
-            part += SECOND * (data.resize_images(answer[0, 0], part.shape) - part)
+        found = [data.extent(y == value) for _, y in pairs]
+        somewhere = next((f for f in found if f), None)  # a prompt without the class is seen where another has it
+        for b in range(len(images)):
+            if somewhere and (place := data.extent(seen[b, c], 0.01)):
+                size = max(0.25, NEAR * max(place[1], *(f[1] for f in found if f)))
+                if size <= 0.85:
+                    places.append((b, c, data.window(place[0], size, images[b].shape), [data.window((f or somewhere)[0], size, x.shape) for f, (x, _) in zip(found, pairs)]))
+    for start in range(0, len(places), BATCH):
+        part = places[start:start + BATCH]
+        questions = [(look([x[w] for (x, _), w in zip(pairs, around)], side, data.resize_images),
+                      look([y[w] == classes[c] for (_, y), w in zip(pairs, around)], side, data.resize_labels).float(),
+                      look([images[b][here]], side, data.resize_images)) for b, c, here, around in part]
+        near = paint_views(model, *(torch.stack(t) for t in zip(*questions)), mode, votes)
+        for (b, c, here, _), answer in zip(part, near):
+            first = gray[b, c][here].clone()
+            gray[b, c] = 0
+            gray[b, c][here] = torch.lerp(first, data.resize_images(answer[0, 0], first.shape), SECOND)
 
 
 def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", votes=None, seed=0, dataset=None):
@@ -236,7 +236,10 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
     confidence: a (K, H, W) float array to fill with the winning class's share of the votes, 1 / (classes + 1) to 1 (segmentation)
     """
     side, scale = model.config.image_size, 2 if tile else 1
-    close_up = (model.meta.get("close_up") if close_up is None else close_up) and segmentation and not tile and model.meta.get("coloring") == "binary"
+    mode, near = choose_mode(model, segmentation, mode), segmentation and not tile and model.meta.get("coloring") == "binary"
+    if close_up and not near:
+        raise ValueError("close_up is of segmentations by a model trained with --coloring binary, and not with tile: leave it out")
+    near = near and (model.meta.get("close_up") if close_up is None else close_up)
     K, H, W = stack.shape
     slices = slices or [tuple(data.matching_slice(k, K, len(p[0])) for p in prompts) for k in range(K)]
     groups = {}
@@ -255,38 +258,41 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
                 progress.update(len(members))
             continue
         values = torch.tensor([0, *classes])  # resized by their numbers: floats hold no large values
+        number = lambda y: np.searchsorted([0, *classes], y)
         own = lambda p: torch.from_numpy(np.array(p, np.float32))[None, None]
         fine = [(own(x), own(y)) for x, y in pairs] if model.config.copies and not segmentation and not tile else None
 
-        def answer(pairs, part):
-            """Prompts [(image, label)] and the numbers of slices -> fits (B, C + 1, H, W), or answers (B, 1, H, W)."""
+        def prepare(pairs):
+            """Prompts at the model's resolution, and as they are."""
+            return (look([x for x, _ in pairs], scale * side, data.resize_images), values[look([number(y) for _, y in pairs], scale * side, data.resize_labels)] if segmentation
+                    else look([y for _, y in pairs], scale * side, data.resize_images), pairs)
+
+        def answer(images, labels, pairs, part):
+            """Prompts and the numbers of slices -> fits (B, C + 1, H, W), or answers (B, 1, H, W)."""
             x = look(stack[part], scale * side, data.resize_images)
-            images = look([x for x, _ in pairs], scale * side, data.resize_images)
-            labels = values[look([np.searchsorted([0, *classes], y) for _, y in pairs], scale * side, data.resize_labels)] if segmentation else \
-                look([y for _, y in pairs], scale * side, data.resize_images)
             if fine:
-                a = paint(model, images, labels, x, choose_mode(model, False, mode), (fine, torch.cat([own(stack[k]) for k in part])))
+                a = paint(model, images, labels, x, mode, (fine, torch.cat([own(stack[k]) for k in part])))
                 return sum(a) / len(a)
-            if close_up:
-                gray = data.resize_images(segment_each(model, images, labels, x, classes, choose_mode(model, True, mode), votes), (H, W))
-                look_again(model, pairs, stack[part], gray, classes, choose_mode(model, True, mode), votes)
+            if near:
+                gray = data.resize_images(segment_each(model, images, labels, x, classes, mode, votes), (H, W))
+                look_again(model, pairs, stack[part], gray, classes, mode, votes)
                 return fits(gray)
             total, weights = 0, torch.zeros(x.shape[-2:])
             for rows, columns in windows(side, tile):
                 cut = [t[..., rows, columns] for t in (images, labels, x)]
-                quarter = segment(model, *cut, classes, mode, votes, seed, dataset) if segmentation else \
-                    sum(a := paint(model, *cut, choose_mode(model, False, mode))) / len(a)
+                quarter = segment(model, *cut, classes, mode, votes, seed, dataset) if segmentation else sum(a := paint(model, *cut, mode)) / len(a)
                 whole = torch.zeros(*quarter.shape[:2], *x.shape[-2:])
                 whole[..., rows, columns] = quarter * weight
                 total, weights[rows, columns] = total + whole, weights[rows, columns] + weight
             return data.resize_images(total / weights, (H, W))
 
+        prompted = prepare(pairs)
         batch = 1 if propagate else max(1, min(BATCH, MAX_FITS // (H * W * (len(classes) + 1))))
         for part in (members[i:i + batch] for i in range(0, len(members), batch)):
-            result = answer(pairs, part)
+            result = answer(*prompted, part)
             if propagate and part[0] and np.isin(output[part[0] - 1], classes).any():
                 before = np.where(np.isin(output[part[0] - 1], classes), output[part[0] - 1], 0)
-                last = answer([(stack[part[0] - 1], before)], part)
+                last = answer(*prepare([(stack[part[0] - 1], before)]), part)
                 result = (len(pairs) * result + last) / (len(pairs) + 1)
             if segmentation:
                 fit, best = result.max(1)

@@ -492,7 +492,10 @@ class MVG(nn.Module):
                 raise ValueError(f"the canvas holds one prompt pair and one task pair, got {images.shape[1]} pairs")
             target = torch.stack([images, labels], 2).flatten(1, 2)  # (B, 4, 1, H, W)
             painted = from_canvas(self.paint_canvas(to_canvas(target), hidden, drop))
-            weight = torch.stack([torch.ones_like(weight), weight], 2).flatten(1, 2) * self.to_pixels(hidden, images)
+            own = torch.ones_like(weight)
+            if balance and colored is not None:  # where an answer is background, so is its image
+                own = torch.where(masks, own, torch.where(background, background_weight, own))
+            weight = torch.stack([own, weight], 2).flatten(1, 2) * self.to_pixels(hidden, images)
             error, weight = errors(painted, target, weight)
             names = ["prompt_image", "prompt_label", "image", "label"]
         elif objective == "ar":

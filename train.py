@@ -73,7 +73,7 @@ def parse(argv=None):
     add("--strict", action="store_true", help="do not start where a case cannot be used; otherwise it is named and left out")
     add("--synthetic_share", type=float, help="add the procedural tasks, as this share of the draws (default with --datasets ... synthetic: that of one dataset)")
     add("--augment", type=float, default=0.0, help="share of samples made into other tasks by turning, zooming, other contrasts (paper: none)")
-    add("--close_up", type=float, default=0.0, help="share of segmentation samples that see one class from near, as infer.py does at a second look (ours)")
+    add("--close_up", type=float, default=0.0, help="share of segmentation samples that see one class from near, as infer.py does at a second look of --coloring binary (ours)")
     add("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, else 0)")
     # the optimisation
     add("--optimizer", default="adamw", choices=("adamw", "muon"), help="adamw: paper; muon: on the blocks' matrices, torch 2.9 and newer (ours)")
@@ -224,8 +224,8 @@ def main(argv=None):
         if isinstance(model, mvg.MVG):
             model.config.max_prompts = max(model.config.max_prompts, num_prompts[1])
     elif args.model == "unet":
-        if synthetic or len(store.datasets) != 1 or args.augment or args.close_up or args.init or args.balance:
-            raise DataError(f"--model unet learns one task: name one of --datasets {' '.join(store.datasets) if store else ''}, without synthetic, --augment, --close_up, --balance and --init")
+        if synthetic or len(store.datasets) != 1 or args.init:
+            raise DataError(f"--model unet learns one task: name one of --datasets {' '.join(store.datasets) if store else ''}, without synthetic and --init")
         model = unet.build(*store.datasets.values(), args.image_size)
     else:
         model = mvg.build(args.model, args.image_size, args.layout, positions=args.positions, qk_norm=args.qk_norm,
@@ -233,6 +233,8 @@ def main(argv=None):
         if args.init:
             mvg.load_vit(model, args.init)
     c, specialist = model.config, isinstance(model, unet.UNet)
+    if specialist and (args.augment or args.close_up or args.balance):
+        raise DataError("a U-Net learns its task as it is: leave --augment, --close_up and --balance out")
     episodes = data.Episodes(store, c.image_size, c.patch, c.depth, args.seed, num_prompts, "ar" if specialist else args.objective, args.seg_share,
                              args.mim_share, args.mask_ratio, args.hide_label, args.coloring, args.first_term,
                              args.dataset_weights, args.data_fraction, args.empty_slices, synthetic, args.synthetic_share, args.augment,

@@ -42,6 +42,7 @@ claim unified     "$real" "$five" --datasets $five --steps $steps
 for set in $segmentation; do # an eighth of the unified run's samples are of each
     claim "isolated-$set" "$real" $set --datasets $set --steps $((steps / 8))
     claim "unet-$set"     "$real" $set --datasets $set --steps $((steps / 8)) --model unet --image_size 64 --optimizer adamw --lr 1e-3
+    claim "unet-long-$set" "$real" $set --datasets $set --steps $steps --model unet --image_size 64 --optimizer adamw --lr 1e-3 # eight times that
 done
 claim predefined  "$real" "$five" --datasets $five --steps $steps --coloring predefined
 claim binary      "$real" "$five" --datasets $five --steps $steps --coloring binary

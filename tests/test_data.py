@@ -199,7 +199,9 @@ def test_a_case_that_prompts_itself_is_moved_apart():
 def test_windows_by_hand():
     mask = np.zeros((10, 20), bool)
     mask[2:4, 5:15] = True
-    assert data.extent(mask) == ((0.3, 0.5), 0.5)
+    assert data.extent(mask) == ((0.3, 0.5), 0.5) and data.extent(mask > 1) is None
+    mask[9, 19] = True  # one of 21 pixels
+    assert data.extent(mask) == ((0.6, 0.625), 0.8) and data.extent(mask, 0.05) == ((0.3, 0.5), 0.5)
     assert data.window((0.3, 0.5), 0.4, mask.shape) == (slice(1, 5), slice(6, 14))
     assert data.window((0.0, 1.0), 0.4, mask.shape) == (slice(0, 4), slice(12, 20))  # moved inside
     assert data.window((0.5, 0.5), 1.0, mask.shape) == (slice(0, 10), slice(0, 20)) and data.window((0.5, 0.5), 0.01, (3, 1)) == (slice(0, 2), slice(0, 1))

@@ -610,10 +610,23 @@ def test_a_second_look_from_near(echo, monkeypatch):
     monkeypatch.setattr(echo, "predict", lambda cache, x: torch.zeros_like(x))  # sees nothing
     asked.clear()
     assert not infer.predict(echo, [(image, label)], image).any() and len(asked) == 1
+    with pytest.raises(ValueError, match="not with tile"):
+        infer.predict(echo, [(image, label)], image, tile=True, close_up=True)
     echo.meta = {"coloring": "random", "close_up": 0.3}  # all classes in one picture: there is no near
     asked.clear()
-    infer.predict(echo, [(image, label)], image, close_up=True)
+    infer.predict(echo, [(image, label)], image)
     assert len(asked) == 1
+    with pytest.raises(ValueError, match="--coloring binary"):
+        infer.predict(echo, [(image, label)], image, close_up=True)
+
+
+def test_a_second_look_with_propagation(echo):
+    """The slice before may lack a class that the prompt has."""
+    echo.meta = {"coloring": "binary", "close_up": 0.3}
+    stack, label = np.random.default_rng(0).random((3, 64, 64)), np.zeros((3, 64, 64), int)
+    label[:, 10:20, 10:20], label[1:, 40:50, 30:40] = 1, 2
+    answer = infer.predict(echo, [(stack, label)], stack, propagate=True)
+    assert np.array_equal(answer[0], label[0]) and (answer[1:] == 1).any()
 
 
 def test_a_second_look_moves_what_the_first_one_saw(echo):
@@ -630,10 +643,28 @@ def test_a_second_look_moves_what_the_first_one_saw(echo):
     rows, columns = data.window((0.55, 0.55), 0.25, (60, 90))
     outside = torch.ones(60, 90, dtype=torch.bool)
     outside[rows, columns] = False
-    assert torch.equal(gray[1, 0][outside], before[1, 0][outside])
+    assert gray[1, 0][outside].abs().max() == 0 and before[1, 0][outside].abs().max() == 0
     near = data.resize_images(infer.look([(label == 3)[data.window((0.15, 0.15), 0.25, (100, 50))]], 64, data.resize_labels).float() / 2, (15, 22))[0, 0]
     old = before[1, 0, rows, columns]
     assert torch.allclose(gray[1, 0, rows, columns], old + infer.SECOND * (near - old), atol=1e-5)
+
+
+def test_a_less_sure_second_look_lets_no_haze_through(echo, monkeypatch):
+    """What the first look left below its threshold, outside the window, stays background however faint the class is from near."""
+    echo.meta = {"coloring": "binary", "close_up": 0.3}
+    label = np.zeros((64, 64), int)
+    label[10:20, 10:20] = 5
+    faint = iter((1.0, 0.4))
+    def predict(cache, x):
+        k = next(faint)
+        return cache.expand_as(x) * k + (cache == 0) * 0.5 * (k == 1)
+    monkeypatch.setattr(echo, "predict", predict)
+    assert np.array_equal(infer.predict(echo, [(label * 0.1, label)], label * 0.1) > 0, label > 0)
+    stray = torch.zeros(1, 1, 64, 64)
+    stray[0, 0, 10:20, 10:20], stray[0, 0, 60, 60] = 1, 1  # one far pixel of a hundred does not widen the window
+    monkeypatch.setattr(echo, "predict", lambda cache, x: cache.expand_as(x).clone())
+    infer.look_again(echo, [(label * 0.1, label)], np.zeros((1, 64, 64)), stray, [5], "ar")
+    assert stray[0, 0, 60, 60] == 0 and stray[0, 0, 12:18, 12:18].min() > 0.9
 
 
 def test_predefined_colors_are_those_of_the_class_whatever_else_is_shown(tmp_path, echo, monkeypatch):

@@ -302,6 +302,19 @@ def test_balance_by_hand(monkeypatch):
     loss = lambda **how: model(torch.zeros_like(labels), labels, "ar", colored=torch.tensor([True, True, True, False, True]), loss="l1", **how)[1]
     assert torch.allclose(loss(balance=True) / loss(), torch.tensor([5.0, 10.0, 1.0, 1.0, 1.0]))
     assert torch.allclose(loss(image_weight=3.0) / loss(), torch.tensor([1.0, 1.0, 1.0, 3.0, 1.0]))
+    images = torch.rand(1, 2, 1, 50, 50) * 0.5  # a line across a picture, painted half as bright, and the rest 0.05 too bright
+    lined = images.clone()
+    lined[..., 10, :] = 1
+    monkeypatch.setattr(model, "paint_labels", lambda *a: torch.where(lined[:, 1:] == 1, 0.5, lined[:, 1:] + 0.05))
+    line = lambda colored, **how: model(images, lined, "ar", colored=torch.tensor([colored]), loss="l1", background_weight=0.2, **how)[1].item()
+    assert line(False) == pytest.approx((0.5 + 49 * 0.05) / 50) and line(False, balance=True) == pytest.approx((0.5 + 0.2 * 49 * 0.05) / (1 + 0.2 * 49))
+    assert line(True) == pytest.approx((0.5 + 49 * 0.05) / 50)  # a mask's background is where it is 0
+    images, lined = images[..., :48, :48], lined[..., :48, :48]
+    whole = torch.stack([images, lined], 2).flatten(1, 2)  # of a canvas the images count alike: the noise of one may be all that there is to learn
+    monkeypatch.setattr(model, "paint_canvas", lambda *a: mvg.to_canvas(torch.cat([whole[:, :1] + 0.1, whole[:, 1:]], 1)))
+    hidden = torch.ones(1, 4, model._size(images)[0] ** 2, dtype=torch.bool)
+    canvas = lambda colored: model(images, lined, "mim", hidden, torch.tensor([colored]), loss="l1", background_weight=0.2, balance=True)[1].item()
+    assert canvas(False) == pytest.approx(0.1 / 4, rel=1e-4)
 
 
 def test_drop_path():
