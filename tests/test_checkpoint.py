@@ -38,7 +38,9 @@ def test_the_file_is_the_one_the_card_describes():
 
 def test_the_card_has_the_settings_of_the_run():
     import train
-    *_, typed = [c[c.index("train.py") + 1:] for c in commands() if "train.py" in c]
+    typed = []
+    for command in (c[c.index("train.py") + 1:] for c in commands() if "train.py" in c):  # the last run, and what --resume changed of it
+        typed = [*typed, *command[command.index("--resume") + 2:]] if "--resume" in command else command
     said, settings = vars(train.parse(typed)[0]), torch.load(FILE, weights_only=True)["settings"]
     places = ("data_root", "store", "out", "log_every", "save_every", "resume", "stop_at", "device", "init")
     assert {k: said[k] for k in settings if k not in places} == {k: v for k, v in settings.items() if k not in places}
@@ -59,7 +61,7 @@ def test_the_command_of_the_card_reproduces_the_first_logged_losses(tmp_path):
     first = json.loads(LOG.read_text().splitlines()[0])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in commands():
-        if "--finetune" in command or "--init" in command:  # they go on from there
+        if {"--finetune", "--init", "--resume"} & set(command):  # they go on from there
             continue
         if "phantom.py" in command:
             subprocess.run([sys.executable, str(ROOT / "phantom.py"), *command[command.index("phantom.py") + 1:]], cwd=tmp_path, check=True, env=environment)
