@@ -317,7 +317,7 @@ def main(argv=None):
     add("--slices", default="foreground", choices=("foreground", "all"), help="foreground: slices whose truth has some (paper silent)")
     add("--prompts", type=int, default=1, help="training cases shown (paper: 1)")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained (ours: ar for segmentation, canvas for images)")
-    add("--votes", type=int, help="colorings (binary: views) averaged (paper: 1; default: 4 where training knew such views, else 1)")
+    add("--votes", type=int, help="colorings (binary: views) averaged (paper: 1; default: 2 where training knew such views, else 1)")
     add("--neighbours", type=int, default=0, help="prompt slices before and after the matching one that are shown as well (paper: 0)")
     add("--tile", action="store_true", help="nine overlapping quarters at twice the resolution")
     add("--propagate", action="store_true", help="show each slice the answer of the one before")

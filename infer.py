@@ -37,9 +37,9 @@ from readers import DataError, shape_text
 
 MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 BATCH = 16        # slices painted at once
-VIEWS = 4         # of a question, mirrored and turned, that are averaged where training knew such views; a first look before a second takes one
+VIEWS = 2         # of a question, as it is and mirrored, that are averaged where training knew such views
 SEEN, FAINT = 0.65, 0.2   # a class painted by itself is seen from the share SEEN of a slice's brightest pixel on, and never below the gray FAINT
-NEAR, SECOND = 1.8, 0.67  # a second look's window is so many times as large as what was seen, and its answer counts so much
+NEAR, SECOND = 1.5, 0.67  # a second look's window is so many times as large as what was seen, and its answer counts so much
 MAX_FITS = 2 ** 26  # values of per-class fits held at once, 256 MiB
 LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
 
@@ -233,7 +233,7 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
     slices: which slice of every prompt serves slice k, a list of K tuples; default floor(k * K_p / K), the paper's rule
     neighbours: so many slices before and after that one serve, too; tile: look at nine overlapping quarters at twice the resolution;
     propagate: the slice before with its answer counts as one more prompt (segmentation, slice by slice)
-    close_up: look a second time, from near and at all views, where a class was seen by one (segmentation by a model of binary colorings, not with tile; default: if it was trained so)
+    close_up: look a second time, from near, where a class was seen (segmentation by a model of binary colorings, not with tile; default: if it was trained so)
     confidence: a (K, H, W) float array to fill with the winning class's share of the votes, 1 / (classes + 1) to 1 (segmentation)
     """
     side, scale = model.config.image_size, 2 if tile else 1
@@ -275,7 +275,7 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
                 a = paint(model, images, labels, x, mode, (fine, torch.cat([own(stack[k]) for k in part])))
                 return sum(a) / len(a)
             if near:
-                gray = data.resize_images(segment_each(model, images, labels, x, classes, mode, 1), (H, W))
+                gray = data.resize_images(segment_each(model, images, labels, x, classes, mode, votes), (H, W))
                 look_again(model, pairs, stack[part], gray, classes, mode, votes)
                 return fits(gray)
             total, weights = 0, torch.zeros(x.shape[-2:])
@@ -560,7 +560,7 @@ def main(argv=None):
     add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"), help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
     add("--axis", default="auto", choices=("auto", *AXES), help="how volumes are sliced (auto: across the coarsest axis, as in training)")
     add("--mode", default="auto", choices=("auto", "ar", "canvas"), help="auto: as trained; canvas paints the lower right of the square")
-    add("--votes", type=int, help="colorings (binary: views) whose answers are averaged (default: 4 where training knew such views, else 1)")
+    add("--votes", type=int, help="colorings (binary: views) whose answers are averaged (default: 2 where training knew such views, else 1)")
     add("--neighbours", type=int, default=0, help="prompt slices before and after the matching one that are shown as well")
     add("--tile", action="store_true", help="look at nine overlapping quarters at twice the model's resolution, and answer at that")
     add("--propagate", action="store_true", help="show each slice the answer of the one before (segmentation)")
