@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow test-learning test-notebooks clean
 
 .venv/done: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -13,9 +13,14 @@ export OMP_WAIT_POLICY = PASSIVE
 test: .venv/done
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
-# What takes minutes: a small model has to learn something.
-test-slow: .venv/done
-	$(BIN)/python -m pytest -q -s -m slow tests
+# What takes minutes: a small model has to learn something, the notebooks run. `make -j 2 test-slow` does both at once.
+test-slow: test-learning test-notebooks
+
+test-learning: .venv/done
+	$(BIN)/python -m pytest -q -s -m slow tests --ignore tests/test_notebooks.py
+
+test-notebooks: .venv/done
+	$(BIN)/python -m pytest -q -s -m slow tests/test_notebooks.py
 
 # The bundled checkpoint on subjects it never saw: one prompt, then the four kinds of task; then a few minutes of training on
 # them, and the same again. Pictures: runs/demo/before, runs/demo/after.
