@@ -238,8 +238,8 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
     """
     side, scale = model.config.image_size, 2 if tile else 1
     mode, near = choose_mode(model, segmentation, mode), segmentation and not tile and model.meta.get("coloring") == "binary"
-    if close_up and not near:
-        raise ValueError("close_up is of segmentations by a model trained with --coloring binary, and not with tile: leave it out")
+    if close_up and segmentation and not near:
+        raise ValueError("close_up is of a model trained with --coloring binary, and not with tile: leave it out")
     near = near and (model.meta.get("close_up") if close_up is None else close_up)
     K, H, W = stack.shape
     slices = slices or [tuple(data.matching_slice(k, K, len(p[0])) for p in prompts) for k in range(K)]
@@ -582,8 +582,8 @@ def main(argv=None):
     segmentation = prompts[0][2]
     if len({kind for _, _, kind in prompts}) > 1:
         raise DataError("some prompts are segmentations and some images: prompt one task at a time, or say which with --task")
-    if not segmentation and (args.confidence or args.propagate):
-        raise DataError("--confidence and --propagate are of segmentations, these prompts are images: leave them out")
+    if not segmentation and (args.confidence or args.propagate or args.close_up):
+        raise DataError("--confidence, --propagate and --close_up are of segmentations, these prompts are images: leave them out")
     inputs = find_inputs(args.input)
     several = len(inputs) > 1
     if several and args.output and not Path(args.output).is_dir():

@@ -618,6 +618,7 @@ def test_a_second_look_from_near(echo, monkeypatch):
     assert len(asked) == 1
     with pytest.raises(ValueError, match="--coloring binary"):
         infer.predict(echo, [(image, label)], image, close_up=True)
+    assert infer.predict(echo, [(image, image)], image, close_up=True).shape == image.shape  # eval.py asks for both kinds in one go
 
 
 def test_a_second_look_with_propagation(echo):
