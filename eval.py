@@ -112,53 +112,57 @@ def box_iou(a, b):
 def read_boxes(painted, image, side=64, most=8):
     """The white boxes drawn onto an image, (H, W) both, in [0, 1] -> [(top, left, bottom, right)], plainest first.
 
-    A line is how far a pixel went from the image to white. Every rectangle on a grid of at most side x side is tried: its fit is the mean line of its faintest edge, less that
-    of its inside. The best is moved to the pixel, its lines are wiped out, and so on while the fit is above 0.6 of the first.
+    A line is how far a pixel went from the image to white; where the image is white itself, nothing is known. Every rectangle on a grid of at most side x side is
+    tried: its fit is the mean line of its faintest edge and that of all four, less that of its inside. The best is moved to the pixel, of its lines nothing is known
+    from then on, and so on while the fit is above 0.6 of the first.
     """
     H, W = image.shape
     lines = np.clip((np.asarray(painted, np.float32) - image) / (1.1 - image), 0, 1)
-    coarse = F.adaptive_max_pool2d(torch.from_numpy(lines)[None, None], (min(H, side), min(W, side)))[0, 0].numpy()
+    cells = (min(H, side), min(W, side))
+    coarse, known = (F.adaptive_max_pool2d(torch.from_numpy(t)[None, None], cells)[0, 0].numpy() for t in (lines, np.clip((1 - image) / 0.15, 0, 1).astype(np.float32)))
     h, w = coarse.shape
     left, right = (v + 2 * i for i, v in enumerate(np.triu_indices(w - 2)))
     boxes, first = [], None
     for _ in range(most):
-        along = np.pad(coarse.cumsum(1), ((0, 0), (1, 0)))  # sums of a row up to a column
-        down = np.pad(coarse.cumsum(0), ((1, 0), (0, 0)))
-        whole = np.pad(along[:, 1:].cumsum(0), ((1, 0), (1, 0)))
+        along = np.pad(np.stack([coarse * known, known]).cumsum(2), ((0, 0), (0, 0), (1, 0)))  # sums of a row up to a column, of lines and of what is known
+        down = np.pad(np.stack([coarse * known, known]).cumsum(1), ((0, 0), (1, 0), (0, 0)))
+        whole = np.pad(along[:, :, 1:].cumsum(1), ((0, 0), (1, 0), (1, 0)))
+        mean = lambda sums, length: sums[0] / np.maximum(sums[1], 0.4 * length)
         best, found = 0.0, None
-        for top in range(h - 2):
-            bottom = np.arange(top + 2, h)[:, None]
+        for top in np.arange(h - 2)[:, None, None]:
+            bottom = np.arange(top.item() + 2, h)[:, None]
             high, wide = bottom - top + 1, right - left + 1
-            rows = [(along[y, right + 1] - along[y, left]) / wide for y in (top, bottom)]
-            columns = [(down[bottom + 1, x] - down[top, x]) / high for x in (left, right)]
-            inner = whole[bottom, right] - whole[bottom, left + 1] - whole[top + 1, right] + whole[top + 1, left + 1]
-            fit = (np.minimum(np.minimum(*rows), np.minimum(*columns)) + (sum(rows) + sum(columns)) / 4) / 2 - inner / ((high - 2) * (wide - 2))
+            rows = [mean(along[:, y, right + 1] - along[:, y, left], wide) for y in (top, bottom)]
+            columns = [mean(down[:, bottom + 1, x] - down[:, top, x], high) for x in (left, right)]
+            inner = whole[:, bottom, right] - whole[:, bottom, left + 1] - whole[:, top + 1, right] + whole[:, top + 1, left + 1]
+            fit = (np.minimum(np.minimum(*rows), np.minimum(*columns)) + (sum(rows) + sum(columns)) / 4) / 2 - mean(inner, (high - 2) * (wide - 2))
             k = int(fit.argmax())
             if fit.flat[k] > best:
                 best, (b, c) = fit.flat[k], np.unravel_index(k, fit.shape)
-                found = top, int(left[c]), top + 2 + int(b), int(right[c])
+                found = top.item(), left[c].item(), bottom[b].item(), right[c].item()
         if found is None or best < max(0.02, 0.6 * (first or 0)):
             break
         first = first or best
         boxes.append(sharpen(lines, found, (H / h, W / w)))
         top, l, bottom, r = found
         for y in (top, bottom):
-            coarse[max(0, y - 1):y + 2, max(0, l - 1):r + 2] = 0
+            known[max(0, y - 1):y + 2, max(0, l - 1):r + 2] = 0
         for x in (l, r):
-            coarse[max(0, top - 1):bottom + 2, max(0, x - 1):x + 2] = 0
+            known[max(0, top - 1):bottom + 2, max(0, x - 1):x + 2] = 0
     return boxes
 
 
 def sharpen(lines, box, cell):
-    """Move the edges of a box on a grid of cells to the brightest row or column of pixels of their cell, the outermost if equal."""
+    """Move the edges of a box on a grid of cells to the pixel: from the brightest row or column of their cell outwards, as long as it falls and is half as bright."""
     spans = [(int(box[i] * cell[i % 2]), max(int(np.ceil((box[i] + 1) * cell[i % 2])), int(box[i] * cell[i % 2]) + 1)) for i in range(4)]
     (top, _), (left, _), (_, bottom), (_, right) = spans
-    rows, columns = lines[:, left:right].mean(1), lines[top:bottom].mean(0)
-    edges = []
+    profiles, edges = (lines[:, left:right].mean(1), lines[top:bottom].mean(0)), []
     for i, (start, end) in enumerate(spans):
-        part = (rows if i % 2 == 0 else columns)[start:end]
-        near = np.flatnonzero(part >= 0.9 * part.max())
-        edges.append(start + int(near[0] if i < 2 else near[-1]))
+        line, out = profiles[i % 2], 1 if i > 1 else -1
+        at = first = start + int(line[start:end].argmax())
+        while 0 <= at + out < len(line) and line[first] / 2 <= line[at + out] <= 1.02 * line[at]:
+            at += out
+        edges.append(at)
     return tuple(edges)
 
 

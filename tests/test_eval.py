@@ -129,6 +129,21 @@ def test_boxes_are_read_as_they_were_drawn():
     assert evaluation.box_scores(faint, boxes)[0] > 0.9
 
 
+def test_boxes_that_overlap_are_blurred_or_cross_bone_are_read():
+    """Each of what a real answer is: two boxes that share lines, an answer painted at half the size, lines over what is white already."""
+    image = np.full((144, 144), 0.5, np.float32)
+    image[60:100, 40:70] = 1
+    for boxes in ([(20, 20, 50, 60), (35, 50, 80, 90)], [(20, 20, 50, 60), (34, 59, 64, 99)], [(50, 55, 90, 100)]):
+        painted = image.copy()
+        for top, left, bottom, right in boxes:
+            for rows, columns in ((slice(top, top + 2), slice(left, right + 1)), (slice(bottom - 1, bottom + 1), slice(left, right + 1)),
+                                  (slice(top, bottom + 1), slice(left, left + 2)), (slice(top, bottom + 1), slice(right - 1, right + 1))):
+                painted[rows, columns] = 1
+        blurred = image + data.resize_images(data.resize_images(torch.from_numpy(painted - image)[None], (72, 72)), (144, 144))[0].numpy()
+        for answer, least in ((painted, 0.9), (blurred, 0.85)):
+            assert evaluation.box_scores(evaluation.read_boxes(answer, image), boxes)[0] > least
+
+
 def test_box_scores_by_hand():
     assert evaluation.box_iou((0, 0, 9, 9), (0, 0, 9, 9)) == 1 and evaluation.box_iou((0, 0, 9, 9), (10, 0, 19, 9)) == 0
     assert evaluation.box_iou((0, 0, 9, 9), (0, 5, 9, 14)) == pytest.approx(50 / 150)
