@@ -124,10 +124,11 @@ def read_boxes(painted, image, side=64, most=8):
     left, right = (v + 2 * i for i, v in enumerate(np.triu_indices(w - 2)))
     boxes, first = [], None
     for _ in range(most):
-        along = np.pad(np.stack([coarse * known, known]).cumsum(2), ((0, 0), (0, 0), (1, 0)))  # sums of a row up to a column, of lines and of what is known
-        down = np.pad(np.stack([coarse * known, known]).cumsum(1), ((0, 0), (1, 0), (0, 0)))
+        both = np.stack([coarse * known, known])  # lines, and what is known
+        along = np.pad(both.cumsum(2), ((0, 0), (0, 0), (1, 0)))  # sums of a row up to a column
+        down = np.pad(both.cumsum(1), ((0, 0), (1, 0), (0, 0)))
         whole = np.pad(along[:, :, 1:].cumsum(1), ((0, 0), (1, 0), (1, 0)))
-        mean = lambda sums, length: sums[0] / np.maximum(sums[1], 0.4 * length)
+        mean = lambda sums, length: sums[0] / np.maximum(sums[1], 0.4 * length)  # of an edge of which less is known, the rest counts as no line
         best, found = 0.0, None
         for top in np.arange(h - 2)[:, None, None]:
             bottom = np.arange(top.item() + 2, h)[:, None]
