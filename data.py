@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import boxes
 import readers
 from readers import DataError
 from synthetic import task as synthetic_task
@@ -488,16 +489,16 @@ def prepare_case(case, dataset):
         classes = [[] for _ in range(K)]
         foreground = [k for k in range(K) if (arrays["label"][k] > 0.02 * 65535).mean() > 0.01]
         foreground = [k for k in foreground if "valid" not in arrays or arrays["valid"][k].any()]
-    boxes = []
+    found = []
     for x1, y1, x2, y2 in pair.boxes:  # (top, left, bottom, right) in pixels of the stored picture, first to last
         filled = np.zeros(pair.image.array.shape, bool)
         filled[x1:x2 + 1, y1:y2 + 1] = True
         _, rows, columns = np.nonzero(cut.cut(filled))
-        boxes.append([int(rows.min() * size[0] / H), int(columns.min() * size[1] / W), int(rows.max() * size[0] / H), int(columns.max() * size[1] / W)])
+        found.append([int(rows.min() * size[0] / H), int(columns.min() * size[1] / W), int(rows.max() * size[0] / H), int(columns.max() * size[1] / W)])
     spacing = (cut.spacing[0], cut.spacing[1] * H / size[0], cut.spacing[2] * W / size[1])
     return arrays, {**identity(case), **rules(dataset), "version": STORE_VERSION, "slices": K,
                     "size": list(size), "axis": cut.axis, "spacing": spacing, "scale": scale, "label_scale": label_scale,
-                    "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "boxes": boxes, "problems": pair.problems, "notes": pair.notes, "sources": signature(case)}
+                    "foreground": foreground, "classes": classes, "valid": "valid" in arrays, "boxes": found, "problems": pair.problems, "notes": pair.notes, "sources": signature(case)}
 
 
 def shrink(stack, size, smooth):
@@ -850,12 +851,13 @@ class Episodes(torch.utils.data.Dataset):
     def __init__(self, store, image_size, patch, depth, seed=0, num_prompts=(1, 1), objective="hybrid", seg_share=0.5,
                  mim_share=0.9, mask_ratio=0.75, hide_label=0.1, coloring="random", first_term="auto",
                  dataset_weights="equal", data_fraction=1.0, empty_slices=0.0, synthetic=False, synthetic_share=None, augment=0.0,
-                 few=None, held_out=0, close_up=0.0):
+                 few=None, held_out=0, close_up=0.0, filled=False):
         self.store, self.image_size, self.patch, self.depth, self.seed = store, image_size, patch, depth, seed
         self.num_prompts, self.objective, self.mim_share = num_prompts, objective, mim_share
         self.mask_ratio, self.hide_label, self.coloring, self.first_term = mask_ratio, hide_label, coloring, first_term
         self.empty_slices, self.synthetic_share, self.augment, self.close_up = empty_slices, synthetic_share, augment, close_up
         self.datasets = store.datasets if store else {}
+        self.filled = {n for n, d in self.datasets.items() if filled and d.task == "detection"}
         self.names = sorted(self.datasets) + [SYNTHETIC] * synthetic
         self.predefined = predefined_offsets(self.datasets.values())
         self.cases, self.slices, self.held, self.excluded = {}, {}, {}, []
@@ -877,7 +879,9 @@ class Episodes(torch.utils.data.Dataset):
             raise DataError(f"{store.root} has no training slices with foreground: check the labels")
         if synthetic and coloring == "predefined":
             raise DataError("--coloring predefined needs datasets with classes of their own: leave synthetic out")
-        self.groups = {c: [n for n in self.names if n == SYNTHETIC or n in self.cases and self.datasets[n].colored == c] for c in (True, False)}
+        if self.filled and coloring == "predefined":
+            raise DataError("--coloring predefined has no color for --boxes filled: leave one of them out")
+        self.groups = {c: [n for n in self.names if n == SYNTHETIC or n in self.cases and (self.datasets[n].colored or n in self.filled) == c] for c in (True, False)}
         self.weights = {c: self._weights(names, dataset_weights) for c, names in self.groups.items()}
         # A group that is not there leaves its share to the other.
         self.seg_share = 1.0 if not self.groups[False] else 0.0 if not self.groups[True] else seg_share
@@ -933,6 +937,8 @@ class Episodes(torch.utils.data.Dataset):
             near = group and self.close_up and rng.random() < self.close_up
             try:
                 pairs = [case.read(k) for case, k in chosen]
+                if name in self.filled:
+                    pairs = [(image, boxes.fill(case.index["boxes"], image.shape).astype(np.float32), valid) for (image, _, valid), (case, _) in zip(pairs, chosen)]
                 pairs = [self.crop(*pair, group, rng) for pair in (close_ups(pairs, rng) if near else pairs)]
             except Exception as error:  # whatever a damaged store brings about
                 raise DataError(f"sample {key[1]} of step {key[0]} cannot be read, {name} {', '.join(f'{c.name} slice {i}' for c, i in chosen)}: "

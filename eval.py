@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import boxes
 import data
 import infer
 import mvg
@@ -107,64 +108,6 @@ def box_iou(a, b):
     area = lambda box: (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
     both = max(0, shared[0]) * max(0, shared[1])
     return both / (area(a) + area(b) - both)
-
-
-def read_boxes(painted, image, side=64, most=8):
-    """The white boxes drawn onto an image, (H, W) both, in [0, 1] -> [(top, left, bottom, right)], plainest first.
-
-    A line is how far a pixel went from the image to white; where the image is white itself, nothing is known. Every rectangle on a grid of at most side x side is
-    tried: its fit is the mean line of its faintest edge and that of all four, less that of its inside. The best is moved to the pixel, of its lines nothing is known
-    from then on, and so on while the fit is above 0.6 of the first.
-    """
-    H, W = image.shape
-    lines = np.clip((np.asarray(painted, np.float32) - image) / (1.1 - image), 0, 1)
-    cells = (min(H, side), min(W, side))
-    coarse, known = (F.adaptive_max_pool2d(torch.from_numpy(t)[None, None], cells)[0, 0].numpy() for t in (lines, np.clip((1 - image) / 0.15, 0, 1).astype(np.float32)))
-    h, w = coarse.shape
-    left, right = (v + 2 * i for i, v in enumerate(np.triu_indices(w - 2)))
-    boxes, first = [], None
-    for _ in range(most):
-        both = np.stack([coarse * known, known])  # lines, and what is known
-        along = np.pad(both.cumsum(2), ((0, 0), (0, 0), (1, 0)))  # sums of a row up to a column
-        down = np.pad(both.cumsum(1), ((0, 0), (1, 0), (0, 0)))
-        whole = np.pad(along[:, :, 1:].cumsum(1), ((0, 0), (1, 0), (1, 0)))
-        mean = lambda sums, length: sums[0] / np.maximum(sums[1], 0.4 * length)  # of an edge of which less is known, the rest counts as no line
-        best, found = 0.0, None
-        for top in np.arange(h - 2)[:, None, None]:
-            bottom = np.arange(top.item() + 2, h)[:, None]
-            high, wide = bottom - top + 1, right - left + 1
-            rows = [mean(along[:, y, right + 1] - along[:, y, left], wide) for y in (top, bottom)]
-            columns = [mean(down[:, bottom + 1, x] - down[:, top, x], high) for x in (left, right)]
-            inner = whole[:, bottom, right] - whole[:, bottom, left + 1] - whole[:, top + 1, right] + whole[:, top + 1, left + 1]
-            fit = (np.minimum(np.minimum(*rows), np.minimum(*columns)) + (sum(rows) + sum(columns)) / 4) / 2 - mean(inner, (high - 2) * (wide - 2))
-            k = int(fit.argmax())
-            if fit.flat[k] > best:
-                best, (b, c) = fit.flat[k], np.unravel_index(k, fit.shape)
-                found = top.item(), left[c].item(), bottom[b].item(), right[c].item()
-        if found is None or best < max(0.02, 0.6 * (first or 0)):
-            break
-        first = first or best
-        boxes.append(sharpen(lines, found, (H / h, W / w)))
-        top, l, bottom, r = found
-        for y in (top, bottom):
-            known[max(0, y - 1):y + 2, max(0, l - 1):r + 2] = 0
-        for x in (l, r):
-            known[max(0, top - 1):bottom + 2, max(0, x - 1):x + 2] = 0
-    return boxes
-
-
-def sharpen(lines, box, cell):
-    """Move the edges of a box on a grid of cells to the pixel: from the brightest row or column of their cell outwards, as long as it falls and is half as bright."""
-    spans = [(int(box[i] * cell[i % 2]), max(int(np.ceil((box[i] + 1) * cell[i % 2])), int(box[i] * cell[i % 2]) + 1)) for i in range(4)]
-    (top, _), (left, _), (_, bottom), (_, right) = spans
-    profiles, edges = (lines[:, left:right].mean(1), lines[top:bottom].mean(0)), []
-    for i, (start, end) in enumerate(spans):
-        line, out = profiles[i % 2], 1 if i > 1 else -1
-        at = first = start + int(line[start:end].argmax())
-        while 0 <= at + out < len(line) and line[first] / 2 <= line[at + out] <= 1.02 * line[at]:
-            at += out
-        edges.append(at)
-    return tuple(edges)
 
 
 def box_scores(read, truth):
@@ -258,7 +201,7 @@ def score(prediction, case, dataset):
     valid = case["valid"] if case["valid"] is not None else [None] * len(prediction)
     scores = {"image": tuple(known_mean(v) for v in zip(*(image_scores(*s) for s in zip(prediction, case["truth"], valid))))}
     if dataset.task == "detection":
-        scores["boxes"] = box_scores(read_boxes(prediction[0], case["seen"][0]), case["boxes"])  # a case is one picture
+        scores["boxes"] = box_scores(boxes.read(prediction[0], case["seen"][0]), case["boxes"])  # a case is one picture
     return scores
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import boxes
 import data
 import mvg
 import readers
@@ -225,6 +226,18 @@ def look(pictures, size, resize):
     return torch.cat([resize(torch.from_numpy(np.ascontiguousarray(p))[None, None], (size, size)) for p in pictures])
 
 
+def box_masks(prompts):
+    """Prompts whose labels are the images with white boxes drawn on them, [(images, labels)] -> the same with masks of the boxes; None where one is anything else."""
+    masks = []
+    for images, labels in prompts:
+        drawn = [x.shape == y.shape and boxes.is_drawn(x, y) for x, y in zip(images, labels)]
+        filled = np.stack([boxes.fill(boxes.read(y, x) if d else [], y.shape) for d, x, y in zip(drawn, images, labels)])
+        if not filled.any() or not all(d or np.array_equal(x, y) for d, x, y in zip(drawn, images, labels)):
+            return None
+        masks.append((images, filled))
+    return masks
+
+
 def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, seed=0, dataset=None, slices=None, progress=None,
                   neighbours=0, tile=False, propagate=False, confidence=None, close_up=None):
     """Answer every slice of a stack (K, H, W) float in [0, 1] -> (K, H, W): integers with the prompt's values, or floats.
@@ -236,6 +249,9 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
     close_up: look a second time, from near, where a class was seen (segmentation by a model of binary colorings, not with tile; default: if it was trained so)
     confidence: a (K, H, W) float array to fill with the winning class's share of the votes, 1 / (classes + 1) to 1 (segmentation)
     """
+    if not segmentation and model.meta.get("boxes") == "filled" and (masks := box_masks(prompts)):
+        found = predict_stack(model, masks, stack, True, mode, votes, seed, dataset, slices, progress, neighbours, tile, propagate, confidence, close_up)
+        return np.stack([boxes.draw(stack[k], boxes.around(found[k])) for k in range(len(stack))])
     side, scale = model.config.image_size, 2 if tile else 1
     mode, near = choose_mode(model, segmentation, mode), segmentation and not tile and model.meta.get("coloring") == "binary"
     if close_up and segmentation and not near:

@@ -223,12 +223,18 @@ class Scene:
             if name == "bone":
                 self.tissue[box][(level < 1 - .45 / core) & inside] = CODE["marrow"]
 
-    def lesions(self, organ, name, count, radius):
-        """Paint `count` balls of `radius` = (low, high) cm inside `organ`, never outside it, where it is present; -> self."""
-        self.free = labels(self.tissue, {organ: 1}) > 0
-        for k, i, j in self.rng.permutation(np.argwhere(self.free))[:count]:
+    def lesions(self, organ, name, count, radius, over=(), core=None):
+        """Paint `count` balls of `radius` = (low, high) cm inside `organ`, never outside it and tissues `over`, where it is present; core: what they
+        are of inside, to half of their radius; -> self."""
+        home = labels(self.tissue, {organ: 1}) > 0
+        self.free = home | self.is_(*over)
+        for k, i, j in self.rng.permutation(np.argwhere(home))[:count]:
             size = self.rng.uniform(*radius) * np.exp(self.rng.normal(0, .2, 3))
-            self.paint((name, (self.x[k, i, j], self.y[k, i, j], self.z[k, 0, 0]), np.maximum(size, (0, 0, .06 * self.spacing[2]))))
+            where, size = (self.x[k, i, j], self.y[k, i, j], self.z[k, 0, 0]), np.maximum(size, (0, 0, .06 * self.spacing[2]))
+            self.paint((name, where, size))
+            if core:
+                self.free &= self.is_(name)
+                self.paint((core, where, size / 2))
         self.free = None
         return self
 
@@ -792,28 +798,32 @@ def write_la(out, seed):
             save(folder / "desktop.ini", "[.ShellClassInfo]\n")
 
 
-LESION_HOMES = {                                                                                      # by Coarse_lesion_type
-    1: ("marrow", "node"), 2: ("fat", "node"), 4: ("liver", "liver.tumour"), 5: ("lung", "lung.tumour"),
-    6: ("kidney_l", "kidney_l.tumour"), 7: ("muscle", "node")}
+SOFT = ("fat", "muscle", "bowel", "colon", "colon.gas", "stomach", "stomach.gas", "duodenum", "pancreas", "heart", "esophagus", "airway")
+MASS = dict(name="portal", core="bladder", over=SOFT)  # a bright rim and a dark middle
+LESION_HOMES = {  # Coarse_lesion_type: its share of DeepLesion's lesions (Yan et al. 2018; the pelvis' are with the abdomen's), and how it is painted
+    1: (.025, dict(organ="marrow", name="node", over=("bone",))), 2: (.31, dict(organ="bowel", **MASS)), 3: (.17, dict(organ="heart", **MASS)),
+    4: (.13, dict(organ="liver", name="liver.tumour")), 5: (.24, dict(organ="lung", name="lung.tumour")),
+    6: (.05, dict(organ="kidney_l", name="kidney_l.tumour")), 7: (.07, dict(organ="muscle", name="bladder", over=("fat",)))}
 
 
 def write_deeplesion(out, seed):
     root, rows, join = out / "DeepLesion", [], lambda *values: ", ".join(f"{v:g}" for v in values)
-    for index, patient in enumerate((1, 2, 3, 4, 6, 7, 8, 10, 11, 13, 14, 17, 19, 20)):
-        part, size = 1 if index < 8 else 2 if index < 11 else 3, 192 if patient == 4 else 144
+    for patient in (1, 2, 3, 4, 6, 7, 8, 10, 11, 13, 14, 17, 19, 20, *range(22, 86)):
+        part, size = 1 if patient < 11 or patient > 20 else 2 if patient < 17 else 3, 192 if patient == 4 else 144
         for picture, study in enumerate((1, 1, 2)):                                                   # three key slices a patient
             rng, body, found = generator(seed, "deeplesion", patient, picture), generator(seed, "deeplesion", patient), []
             z = rng.uniform(*((4, 19), (21, 34), (38, 52))[(patient + picture) % 3])
             s = torso(Scene(body, np.array((z - .5, z, z + .5)), size, body.uniform(34, 44)))
             s.rng, stem, key = rng, f"{patient:06d}_{study:02d}_01", int(20 + 2 * z)
-            homes = [kind for kind, (home, _) in LESION_HOMES.items() if s.is_(home)[1].sum() > 40]
-            for kind in rng.permutation(homes)[:rng.integers(1, 4)]:
+            homes = [kind for kind, (_, how) in LESION_HOMES.items() if s.is_(how["organ"])[1].sum() > 40]
+            often = np.array([LESION_HOMES[kind][0] for kind in homes])
+            for kind in rng.choice(homes, min(len(homes), 1 + (rng.random() < .15)), False, often / often.sum()):
                 before = s.tissue[1].copy()
-                s.lesions(*LESION_HOMES[kind], 1, (1, 2.5))
+                s.lesions(count=1, radius=(1.2, 2.8), **LESION_HOMES[kind][1])
                 across, down = (np.flatnonzero((s.tissue[1] != before).any(axis)) + 1 for axis in (0, 1))   # 1-based
                 if min(len(across), len(down)) > 4:
                     found.append((kind, across[0], down[0], across[-1], down[-1]))
-            for k, hu in enumerate(ct(s, 8)):
+            for k, hu in enumerate(ct(s, 8, rng.uniform(.6, 1))):
                 if (patient, picture, k) != (2, 0, 2):                                                # that neighbour is missing
                     save(root / f"Images_png/{stem}/{key - 1 + k:03d}.png", (np.rint(hu).astype(np.int32) + 32768).astype(np.uint16))
             for kind, x1, y1, x2, y2 in found:

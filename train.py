@@ -74,9 +74,10 @@ def parse(argv=None):
     add("--synthetic_share", type=float, help="add the procedural tasks, as this share of the draws (default with --datasets ... synthetic: that of one dataset)")
     add("--augment", type=float, default=0.0, help="share of samples made into other tasks by turning, zooming, other contrasts (paper: none)")
     add("--close_up", type=float, default=0.0, help="share of segmentation samples that see one class from near, as infer.py does at a second look of --coloring binary (ours)")
+    add("--boxes", default="lines", choices=("lines", "filled"), help="the answer of detection, lines: boxes drawn on the image (paper); filled: a mask of their insides, which infer.py draws (ours; for small models)")
     add("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, else 0)")
     # the optimisation
-    add("--optimizer", default="adamw", choices=("adamw", "muon"), help="adamw: paper; muon: on the blocks' matrices, torch 2.9 and newer (ours)")
+    add("--optimizer", default="adamw", choices=("adamw", "muon"), help="adamw: paper; muon: on the blocks' matrices (ours)")
     add("--epochs", type=float, default=100, help="an epoch is as many samples as there are training slices (paper: 100)")
     add("--steps", type=int, help="number of steps, instead of --epochs")
     add("--stop_at", type=int, help="stop after this step, the schedule unchanged; --resume goes on")
@@ -145,23 +146,51 @@ RANGES = (("seg_share mim_share hide_label empty_slices warmup synthetic_share a
           ("seed workers weight_decay background_weight validate_cases", 0, HUGE, "it must not be below 0"))
 
 # What a model is fine-tuned with unless said otherwise: what it was trained with.
-RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "balance", "image_weight", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment", "close_up")
+RECIPE = ("objective", "coloring", "loss", "beta", "background_weight", "balance", "image_weight", "optimizer", "mask_ratio", "hide_label", "first_term", "seg_share", "mim_share", "augment", "close_up", "boxes")
 
 # What a resumed run must share with the run it goes on with.
 FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "objective", "seg_share", "mim_share", "mask_ratio",
          "hide_label", "first_term", "num_prompts", "coloring", "optimizer", "batch_size", "accumulate", "layer_decay", "seed", "data_fraction", "cases",
-         "validate_cases", "datasets", "dataset_weights", "empty_slices", "synthetic_share", "augment", "close_up", "bf16", "brats_pairs")
+         "validate_cases", "datasets", "dataset_weights", "empty_slices", "synthetic_share", "augment", "close_up", "boxes", "bf16", "brats_pairs")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal before it is added (Jordan et al. 2024), as large as an AdamW step (Liu et al. 2025).
+
+    As torch.optim.Muon, which rounds to bfloat16; a CPU without bfloat16 arithmetic takes eighty times as long for that, so that here it is float32 except on a GPU.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                kept = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                kept.lerp_(p.grad, 1 - group["momentum"])
+                update = self.orthogonal(p.grad.lerp(kept, group["momentum"]))  # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+    @staticmethod
+    def orthogonal(matrix, steps=5):
+        """A matrix of the same singular vectors, whose singular values are all near 1: five steps of Newton and Schulz with a quintic."""
+        x = matrix.bfloat16() if matrix.is_cuda else matrix
+        x = x.T if (tall := x.shape[0] > x.shape[1]) else x
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(steps):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        return (x.T if tall else x).to(matrix.dtype)
 
 
 def make_optimizers(model, args):
-    """AdamW with weight decay on matrices only; with muon, the blocks' matrices go to torch.optim.Muon.
+    """AdamW with weight decay on matrices only; with muon, the blocks' matrices go to `Muon`.
 
     A group's "scale" is its factor of the learning rate: layer_decay ** (blocks and head above it), as for weights that come trained (Bao et al. 2022).
     """
     decay, depth = args.layer_decay or (0.8 if args.init else 1.0), model.config.depth
     muon = args.optimizer == "muon"
-    if muon and not hasattr(torch.optim, "Muon"):
-        raise DataError(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}: update torch, or use adamw")
     groups = {}
     for name, p in model.named_parameters():
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0 if name.startswith(("embed.", "position")) else depth + 1
@@ -172,7 +201,7 @@ def make_optimizers(model, args):
     groups = {key: groups[key] for key in sorted(groups)}
     optimizers = [torch.optim.AdamW([group(k, p) for k, p in groups.items() if not k[0]], lr=args.lr, betas=(0.9, 0.999), fused=True)]  # betas: authors
     if muon:
-        optimizers.append(torch.optim.Muon([group(k, p) for k, p in groups.items() if k[0]], lr=args.lr, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([group(k, p) for k, p in groups.items() if k[0]], lr=args.lr))
     return optimizers
 
 
@@ -233,12 +262,12 @@ def main(argv=None):
         if args.init:
             mvg.load_vit(model, args.init)
     c, specialist = model.config, isinstance(model, unet.UNet)
-    if specialist and (args.augment or args.close_up or args.balance):
-        raise DataError("a U-Net learns its task as it is: leave --augment, --close_up and --balance out")
+    if specialist and (args.augment or args.close_up or args.balance or args.boxes == "filled"):
+        raise DataError("a U-Net learns its task as it is: leave --augment, --close_up, --balance and --boxes out")
     episodes = data.Episodes(store, c.image_size, c.patch, c.depth, args.seed, num_prompts, "ar" if specialist else args.objective, args.seg_share,
                              args.mim_share, args.mask_ratio, args.hide_label, args.coloring, args.first_term,
                              args.dataset_weights, args.data_fraction, args.empty_slices, synthetic, args.synthetic_share, args.augment,
-                             args.cases, args.validate_cases, args.close_up)
+                             args.cases, args.validate_cases, args.close_up, args.boxes == "filled")
     steps = args.steps or max(1, round(args.epochs * len(episodes) / (args.batch_size * args.accumulate * ranks)))
     drawn_from = [n for n in episodes.names if n not in episodes.excluded]
     say(f"{len(episodes)} training slices an epoch from {len(drawn_from)} datasets: "
@@ -247,10 +276,13 @@ def main(argv=None):
         say(f"{name} is left out: it has no training case with foreground")
 
     # ---- model
-    model.meta = {"coloring": args.coloring, "objective": args.objective, "augment": args.augment, "close_up": args.close_up, "datasets": drawn_from,
+    model.meta = {"coloring": args.coloring, "objective": args.objective, "augment": args.augment, "close_up": args.close_up, "boxes": args.boxes, "datasets": drawn_from,
                   "predefined": list(episodes.predefined) if args.coloring == "predefined" else None}
     model.to(device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    if bf16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        say("--bf16: this CPU has no bfloat16 arithmetic and would take many times as long; float32 it is")
+        bf16 = False
     model.recompute = args.recompute
     if args.recompute is None and device.type == "cuda" and not specialist:
         import bench

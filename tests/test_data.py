@@ -8,9 +8,11 @@ import nibabel
 import pytest
 import torch
 
+import boxes
 import data
 import readers
 from conftest import FIVE
+from test_readers import lesions
 
 
 # ---- coloring (section 3.2)
@@ -237,6 +239,26 @@ def test_close_ups_are_drawn_as_often_as_asked_for(store, monkeypatch):
         samples = [episodes[0, i] for i in range(200)]
         assert low <= len(asked) <= high and all(s["images"].shape == (2, 1, 32, 32) for s in samples)
     assert all(len(s["labels"].unique()) <= 2 for s in samples)  # one class each
+
+
+def test_boxes_are_lines_on_the_image_or_masks(tmp_path):
+    picture = np.full((64, 64), 32768 - 1000)
+    picture[8:56, 8:56] = 32768
+    lesions(tmp_path / "DeepLesion", [dict(File_name=f"00000{p}_01_01_005.png", Bounding_boxes=f"{20 + p}, 22, 40, 36") for p in (1, 2, 3)], picture)
+    store = data.open_store(tmp_path / "DeepLesion", tmp_path / "store")
+    lines, filled = (data.Episodes(store, 64, 8, 8, filled=f) for f in (False, True))
+    assert lines.groups == {True: [], False: ["deeplesion"]} and lines.seg_share == 0 and filled.groups == {True: ["deeplesion"], False: []} and filled.seg_share == 1
+    for i in range(6):
+        sample = filled[0, i]
+        assert sample["colored"] and sample["labels"].dtype == torch.float32
+        for image, label in zip(sample["images"][:, 0], sample["labels"][:, 0]):
+            top, left, bottom, right = box = boxes.around(label)[0]
+            assert np.array_equal(label, boxes.fill([box], (64, 64))) and abs(bottom - top - 16 * 8 / 7) <= 2 and 18 <= right - left <= 24
+            assert abs(top - int(torch.where(image > 0.2)[0].min()) - 13 * 8 / 7) <= 2  # where it is in the body
+    sample = lines[0, 0]
+    assert not sample["colored"] and 0.5 < (sample["labels"] - sample["images"]).max() <= 1
+    with pytest.raises(data.DataError, match="--boxes filled"):
+        data.Episodes(store, 64, 8, 8, filled=True, coloring="predefined")
 
 
 def test_few_shot_asks_for_it(store, monkeypatch):

@@ -13,6 +13,7 @@ import scipy.spatial.distance
 import skimage.metrics
 import torch
 
+import boxes
 import data
 import eval as evaluation
 import infer
@@ -117,31 +118,42 @@ def test_intervals_are_over_patients():
 def test_boxes_are_read_as_they_were_drawn():
     rng = np.random.default_rng(0)
     image = (0.5 + 0.1 * rng.standard_normal((200, 160))).clip(0, 1).astype(np.float32)
-    painted, boxes = image.copy(), [(20, 30, 60, 90), (100, 20, 180, 60), (90, 110, 130, 150)]
-    for top, left, bottom, right in boxes:
-        painted[top:bottom + 1, left:right + 1] = np.where(np.pad(np.zeros((bottom - top - 3, right - left - 3), bool), 2, constant_values=True),
-                                                           1, painted[top:bottom + 1, left:right + 1])
-    read = evaluation.read_boxes(painted, image)
-    assert len(read) == 3 and np.abs(np.subtract(sorted(read), sorted(boxes))).max() <= 1  # to a pixel
-    assert evaluation.box_scores(read, boxes)[1:] == (1, 0)
-    assert evaluation.read_boxes(image, image) == []
-    faint = evaluation.read_boxes(image + 0.3 * (painted - image), image)
-    assert evaluation.box_scores(faint, boxes)[0] > 0.9
+    known = [(20, 30, 60, 90), (100, 20, 180, 60), (90, 110, 130, 150)]
+    painted = boxes.draw(image, known)
+    assert np.array_equal(painted[22:59, 32:89], image[22:59, 32:89]) and (painted[20:61, 30:32] == 1).all() and (painted != image).sum() == 2 * 2 * (41 + 57 + 81 + 37 + 41 + 37)
+    read = boxes.read(painted, image)
+    assert len(read) == 3 and np.abs(np.subtract(sorted(read), sorted(known))).max() <= 1  # to a pixel
+    assert evaluation.box_scores(read, known)[1:] == (1, 0)
+    assert boxes.read(image, image) == []
+    faint = boxes.read(image + 0.3 * (painted - image), image)
+    assert evaluation.box_scores(faint, known)[0] > 0.9
+    assert np.array_equal(boxes.draw(image, [(5, 5, 6, 7)])[5:7, 5:8], np.ones((2, 3)))  # all line
 
 
 def test_boxes_that_overlap_are_blurred_or_cross_bone_are_read():
     """Each of what a real answer is: two boxes that share lines, an answer painted at half the size, lines over what is white already."""
     image = np.full((144, 144), 0.5, np.float32)
     image[60:100, 40:70] = 1
-    for boxes in ([(20, 20, 50, 60), (35, 50, 80, 90)], [(20, 20, 50, 60), (34, 59, 64, 99)], [(50, 55, 90, 100)]):
-        painted = image.copy()
-        for top, left, bottom, right in boxes:
-            for rows, columns in ((slice(top, top + 2), slice(left, right + 1)), (slice(bottom - 1, bottom + 1), slice(left, right + 1)),
-                                  (slice(top, bottom + 1), slice(left, left + 2)), (slice(top, bottom + 1), slice(right - 1, right + 1))):
-                painted[rows, columns] = 1
+    for known in ([(20, 20, 50, 60), (35, 50, 80, 90)], [(20, 20, 50, 60), (34, 59, 64, 99)], [(50, 55, 90, 100)]):
+        painted = boxes.draw(image, known)
         blurred = image + data.resize_images(data.resize_images(torch.from_numpy(painted - image)[None], (72, 72)), (144, 144))[0].numpy()
         for answer, least in ((painted, 0.9), (blurred, 0.85)):
-            assert evaluation.box_scores(evaluation.read_boxes(answer, image), boxes)[0] > least
+            assert evaluation.box_scores(boxes.read(answer, image), known)[0] > least
+
+
+def test_boxes_around_the_parts_of_a_mask():
+    known = [(3, 4, 12, 19), (20, 5, 29, 14), (0, 24, 2, 31)]
+    mask = boxes.fill(known, (30, 32))
+    assert mask.sum() == 160 + 100 + 24 and boxes.around(mask) == known  # largest first
+    mask[15, 28] = 1  # a speck
+    assert boxes.around(mask) == known and boxes.around(mask, 0) == [*known, (15, 28, 15, 28)]
+    mask[13, 20] = 1  # touches the first at its corner
+    assert boxes.around(mask)[0] == (3, 4, 13, 20)
+    snake = np.zeros((41, 41), bool)
+    snake[::4], snake[:, ::40] = True, False
+    snake[1::8, 39], snake[2::8, 39], snake[3::8, 39], snake[5::8, 1], snake[6::8, 1], snake[7::8, 1] = (True,) * 6
+    assert boxes.around(snake) == [(0, 1, 40, 39)]  # one winding part
+    assert boxes.around(np.zeros((4, 4))) == []
 
 
 def test_box_scores_by_hand():

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 import torch
 from PIL import Image
 
+import boxes
 import data
 import infer
 import mvg
@@ -619,6 +620,28 @@ def test_a_second_look_from_near(echo, monkeypatch):
     with pytest.raises(ValueError, match="--coloring binary"):
         infer.predict(echo, [(image, label)], image, close_up=True)
     assert infer.predict(echo, [(image, image)], image, close_up=True).shape == image.shape  # eval.py asks for both kinds in one go
+
+
+def test_boxes_drawn_on_a_prompt_are_asked_for_as_a_mask(echo, monkeypatch):
+    """By a model that was trained so: the mask of the prompt's boxes goes in, and boxes around the answer's parts come out, drawn on the input."""
+    rng, asked = np.random.default_rng(0), []
+    image, other = (rng.random((2, 64, 64)) * 0.8).astype(np.float32)
+    known = [(5, 8, 20, 30), (40, 30, 59, 47)]
+    encode = echo.encode_prompts
+    monkeypatch.setattr(echo, "encode_prompts", lambda images, labels: asked.append(labels.clone()) or encode(images, labels))
+    echo.meta = {"coloring": "binary", "boxes": "filled"}
+    answer = infer.predict(echo, [(image, boxes.draw(image, known))], other)
+    read = boxes.read(boxes.draw(image, known), image)
+    assert np.abs(np.subtract(sorted(read), known)).max() <= 1 and np.array_equal(asked[0][0, 0, 0], boxes.fill(read, (64, 64)))
+    assert np.array_equal(answer, boxes.draw(other, read))
+    stack = infer.predict(echo, [(np.stack([image, other]), np.stack([boxes.draw(image, known), other]))], np.stack([other, other, image, image]))
+    assert np.array_equal(stack, [boxes.draw(other, read)] * 2 + [image] * 2)  # the prompt's second slice has none
+    for meta, label in (({"coloring": "binary", "boxes": "lines"}, boxes.draw(image, known)), ({"coloring": "binary"}, boxes.draw(image, known)), (echo.meta, other),
+                        (echo.meta, image), (echo.meta, np.where(boxes.fill(known, (64, 64)), 0, image)), (echo.meta, np.where(boxes.draw(image * 0, known), other, image))):
+        echo.meta = meta
+        asked.clear()
+        infer.predict(echo, [(image, label.astype(np.float32))], other)
+        assert not asked  # an image, painted on the canvas
 
 
 def test_a_second_look_with_propagation(echo):

@@ -34,7 +34,7 @@ DEFECTS = {"promise12": ["test_Case02: Case02_segmentation.mhd is missing"], "br
            "chest_xray": ["CHNCXR_0025_0: CHNCXR_0025_0.png is missing", "CHNCXR_0010_0: CHNCXR_0010_0_mask.png is 96x80"],
            "la": ["0RZDK210BSMWAA6467LU: its header says voxels of 1 x 1 x 1 mm"], "msd_lung": ["lung_014: lung_014.nii.gz is missing"]}
 REMARKS = {"promise12": ["5 cases of"], "brats_gli": ["14 cases of"], "brats_local": ["1 cases of"], "ldct": ["1 patients have one dose only"],
-           "chest_xray": ["6 cases of", "2 cases of", "a color picture is read as gray (1 of 13"], "deeplesion": ["5 lesions marked Possibly_noisy"],
+           "chest_xray": ["6 cases of", "2 cases of", "a color picture is read as gray (1 of 13"], "deeplesion": ["3 lesions marked Possibly_noisy"],
            "microsegnet": ["its header's voxels of 1 x 1 x 1 mm are a placeholder (7 of 7"]}
 
 

@@ -74,6 +74,34 @@ def test_a_tiny_model_overfits_four_pairs_with_colors_redrawn(store):
     assert np.mean(scores) > 0.95
 
 
+def test_muon_is_that_of_torch_without_its_rounding():
+    """Ten steps on matrices of three shapes: where torch's bfloat16 rounds by at most 0.4%, both are as near as that lets them be."""
+    rng = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in ((24, 24), (16, 48), (48, 16))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    optimizers = train.Muon(ours, lr=0.02, weight_decay=0.05), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    for _ in range(10):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=rng)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, s in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.03 * (p - s).norm() and (p - s).norm() > 0.5
+    values = torch.linalg.svdvals(train.Muon.orthogonal(torch.randn(32, 20, generator=rng)))
+    assert 0.5 < values.min() and values.max() < 1.5
+    assert torch.equal(train.Muon.orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+def test_bfloat16_is_left_out_where_a_cpu_has_none(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    asked, real = [], torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *a, enabled=True, **k: asked.append(enabled) or real(*a, enabled=enabled, **k))
+    run(store, tmp_path / "r", "--steps", "1", "--bf16", "--device", "cpu")
+    assert "float32 it is" in capsys.readouterr().out and asked and not any(asked)
+
+
 # ---- it repeats and resumes
 
 @pytest.mark.parametrize("how", (["--optimizer", "adamw"], ["--optimizer", "muon", "--num_prompts", "1-3"], ["--layout", "sequence", "--first_term", "on"]))
