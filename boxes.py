@@ -28,16 +28,19 @@ def fill(boxes, shape):
     return mask
 
 
-def around(mask, least=0.1):
-    """Boxes around the connected parts of a mask (H, W), largest first, without those that have less than `least` of the largest one's pixels."""
+def around(mask, least=0.1, side=256):
+    """Boxes around the connected parts of a mask (H, W), largest first, without those that have less than `least` of the largest one's pixels.
+
+    Parts nearer to each other than a `side`-th of the picture may count as one.
+    """
     mask = torch.from_numpy(np.ascontiguousarray(mask > 0))
-    parts = (torch.arange(1, mask.numel() + 1, dtype=torch.float64).view(mask.shape) * mask)[None, None]
-    while True:
-        spread = F.max_pool2d(parts, 3, 1, 1) * mask
-        if torch.equal(spread, parts):
-            break
+    shape = [min(n, side) for n in mask.shape]
+    coarse = F.adaptive_max_pool2d(mask[None, None].float(), shape)
+    parts = torch.arange(1, coarse.numel() + 1).view_as(coarse) * coarse
+    while not torch.equal(spread := F.max_pool2d(parts, 3, 1, 1) * coarse, parts):
         parts = spread
-    parts = parts[0, 0].long()
+    rows, columns = (torch.arange(n) * small // n for n, small in zip(mask.shape, shape))
+    parts = parts[0, 0][rows[:, None], columns] * mask
     numbers, sizes = parts[mask].unique(return_counts=True)
     found = []
     for i in sizes.argsort(descending=True):
@@ -47,10 +50,18 @@ def around(mask, least=0.1):
     return found
 
 
-def is_drawn(image, answer):
-    """Is an answer the image with something drawn on it in white, (H, W) both, in [0, 1]?"""
+def drawn(answer, image):
+    """The boxes of an answer that is the image with white boxes drawn on it, (H, W) both, in [0, 1]; none where it is anything else.
+
+    Four fifths of what became brighter must be along the boxes that were read, and nine tenths of their edges white.
+    """
     brighter = answer - image > 0.1
-    return bool(0 < brighter.mean() < 0.3 and answer[brighter].mean() > 0.8 and (image - answer > 0.1).mean() < 0.005)
+    if not 0 < brighter.mean() < 0.3 or (image - answer > 0.1).mean() > 0.005:
+        return []
+    found, black = read(answer, image), np.zeros_like(image)
+    near = draw(black, [(max(0, t - 1), max(0, l - 1), b + 1, r + 1) for t, l, b, r in found], max(6, len(image) // 64)) > 0
+    edges = draw(black, found, 1) > 0
+    return found if found and brighter[near].sum() > 0.8 * brighter.sum() and (answer[edges] > 0.8).mean() > 0.9 else []
 
 
 def read(painted, image, side=64, most=8):

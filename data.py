@@ -837,6 +837,7 @@ class Episodes(torch.utils.data.Dataset):
     """Training samples by number: `episodes[step, i]` is sample i of the global batch of a step, always the same one.
 
     `synthetic` adds the endless procedural tasks (synthetic.py) to both groups, under that name; they need no store.
+    filled: the answer of detection is a mask of what is in the boxes, a class, instead of the image with the boxes drawn on it.
     augment: the share of samples from the store that `augment` changes; close_up: the share of those with classes that `close_ups` changes.
     Of every dataset's training cases, those of the last `held_out` patients (at most a fifth of them) are kept in `held`, for validation; of the
     rest `data_fraction` (at least one), or at most `few`, are drawn from, the same ones whatever the seed.

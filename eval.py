@@ -144,13 +144,13 @@ def answer_case(model, case, training, dataset, slices, seed, others=(), wrong=F
         images, labels, valid = read_slices(case, case.kept(slices))
         return images, pick(labels), valid
 
-    def ask(*pairs):
-        return infer.predict_stack(model, list(pairs), images, dataset.colored, seed=seed, dataset=dataset.name, **how)
+    def ask(*pairs, found=None):
+        return infer.predict_stack(model, list(pairs), images, dataset.colored, seed=seed, dataset=dataset.name, found=found, **how)
 
     images, truth, valid = pair(case)
     (prompt_images, prompt_labels), *more = [pair(c)[:2] for c in shown]
-    specialist = isinstance(model, unet.UNet)
-    answers = {"prediction": unet.predict_stack(model, images) if specialist else ask((prompt_images, prompt_labels), *more)}
+    specialist, found = isinstance(model, unet.UNet), []
+    answers = {"prediction": unet.predict_stack(model, images) if specialist else ask((prompt_images, prompt_labels), *more, found=found)}
     if others:
         answers["other_dataset"] = ask(pair(others[rng.integers(len(others))])[:2])
     if wrong and not specialist:
@@ -171,7 +171,7 @@ def answer_case(model, case, training, dataset, slices, seed, others=(), wrong=F
         copied = (seen + data.resize_images(lines, images.shape[1:]).numpy()).clip(0, 1)
     if not dataset.colored:
         answers["filter"] = np.concatenate([filtered(*(torch.from_numpy(a[None, k:k + 1]) for a in (prompt_images, prompt_labels, images))) for k in range(len(images))])
-    return {**answers, "copy": copied, "truth": truth, "images": images, "seen": seen, "boxes": case.index["boxes"],
+    return {**answers, "copy": copied, "truth": truth, "images": images, "seen": seen, "boxes": case.index["boxes"], "found": found,
             "prompt_images": prompt_images, "prompt_labels": prompt_labels, "valid": valid, "prompt": " ".join(c.name for c in shown)}
 
 
@@ -201,7 +201,8 @@ def score(prediction, case, dataset):
     valid = case["valid"] if case["valid"] is not None else [None] * len(prediction)
     scores = {"image": tuple(known_mean(v) for v in zip(*(image_scores(*s) for s in zip(prediction, case["truth"], valid))))}
     if dataset.task == "detection":
-        scores["boxes"] = box_scores(boxes.read(prediction[0], case["seen"][0]), case["boxes"])  # a case is one picture
+        asked_for = prediction is case.get("prediction") and case.get("found")  # as masks, and not read from a painted picture; a case is one picture
+        scores["boxes"] = box_scores(asked_for[0] if asked_for else boxes.read(prediction[0], case["seen"][0]), case["boxes"])
     return scores
 
 

@@ -227,19 +227,28 @@ def look(pictures, size, resize):
 
 
 def box_masks(prompts):
-    """Prompts whose labels are the images with white boxes drawn on them, [(images, labels)] -> the same with masks of the boxes; None where one is anything else."""
+    """Prompts whose labels are the images, some with white boxes drawn on them, [(images, labels)] -> the same with masks of the boxes; None where one is anything else."""
     masks = []
     for images, labels in prompts:
-        drawn = [x.shape == y.shape and boxes.is_drawn(x, y) for x, y in zip(images, labels)]
-        filled = np.stack([boxes.fill(boxes.read(y, x) if d else [], y.shape) for d, x, y in zip(drawn, images, labels)])
-        if not filled.any() or not all(d or np.array_equal(x, y) for d, x, y in zip(drawn, images, labels)):
-            return None
-        masks.append((images, filled))
-    return masks
+        found = []
+        for x, y in zip(images, labels):
+            found.append(boxes.drawn(y, x) if x.shape == y.shape else [])
+            if not found[-1] and (x.shape != y.shape or np.abs(x - y).max() > 0.05):
+                return None
+        masks.append((images, np.stack([boxes.fill(f, images.shape[1:]) for f in found])))
+    return masks if any(m.any() for _, m in masks) else None
+
+
+def draw_parts(stack, answer, found=None):
+    """A stack (K, H, W) with a box around every part of a mask of the same shape; found: a list to fill with every slice's boxes."""
+    around = [boxes.around(mask) for mask in answer]
+    if found is not None:
+        found[:] = around
+    return np.stack([boxes.draw(stack[k], b) for k, b in enumerate(around)])
 
 
 def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, seed=0, dataset=None, slices=None, progress=None,
-                  neighbours=0, tile=False, propagate=False, confidence=None, close_up=None):
+                  neighbours=0, tile=False, propagate=False, confidence=None, close_up=None, found=None):
     """Answer every slice of a stack (K, H, W) float in [0, 1] -> (K, H, W): integers with the prompt's values, or floats.
 
     prompts: list of (images, labels), each (K_p, H_p, W_p), label integers or floats in [0, 1]
@@ -248,10 +257,10 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
     propagate: the slice before with its answer counts as one more prompt (segmentation, slice by slice)
     close_up: look a second time, from near, where a class was seen (segmentation by a model of binary colorings, not with tile; default: if it was trained so)
     confidence: a (K, H, W) float array to fill with the winning class's share of the votes, 1 / (classes + 1) to 1 (segmentation)
+    found: a list to fill with the boxes of every slice, where they were asked for as masks (a model trained with --boxes filled, images with white boxes drawn on them as labels)
     """
     if not segmentation and model.meta.get("boxes") == "filled" and (masks := box_masks(prompts)):
-        found = predict_stack(model, masks, stack, True, mode, votes, seed, dataset, slices, progress, neighbours, tile, propagate, confidence, close_up)
-        return np.stack([boxes.draw(stack[k], boxes.around(found[k])) for k in range(len(stack))])
+        return draw_parts(stack, predict_stack(model, masks, stack, True, mode, votes, seed, dataset, slices, progress, neighbours, tile, propagate, confidence, close_up), found)
     side, scale = model.config.image_size, 2 if tile else 1
     mode, near = choose_mode(model, segmentation, mode), segmentation and not tile and model.meta.get("coloring") == "binary"
     if close_up and segmentation and not near:
@@ -637,18 +646,25 @@ def answer_file(path, prompts, model, checkpoint, args, several):
     kind = answer_type(max((y for _, y, _ in prompts), key=lambda y: y.array.max()) if segmentation else label, segmentation, written)
     modality = lambda volume: data.guess_modality(volume) if args.modality == "auto" else args.modality
     cut, stack = as_stack(source, modality(source), args.axis)
-    shown, labels_range = [], None if segmentation else data.intensity_range(label, modality(label))
+    shown, drawn_on, labels_range = [], [], None if segmentation else data.intensity_range(label, modality(label))
     for image, answer, _ in prompts:
         own, images = as_stack(image, modality(image), args.axis)
         labels = own.cut(answer.array)
         shown.append((images, labels if segmentation else Scaled(labels, labels_range)))
+        drawn_on.append((images, labels))
         say(f"label {answer.path}; task {'segmentation' if segmentation else 'image'}; prompt {modality(image)}, {len(images)} {AXES[own.axis]} slices; "
             f"input {modality(source)}, {len(stack)} {AXES[cut.axis]} slices; mode {choose_mode(model, segmentation, args.mode)}")
         if modality(image) != modality(source):
             say(f"warning: the prompt looks like {modality(image)} and the input like {modality(source)}: pass --modality if that is wrong")
         if own.axis != cut.axis:
             say(f"warning: the prompt has {AXES[own.axis]} slices and the input {AXES[cut.axis]} ones: --axis chooses for both")
-    if not segmentation and modality(label) == "ct":
+    masks = None
+    if not segmentation and model.meta.get("boxes") == "filled":
+        masks = box_masks([(x, Scaled(y, x.low_high)) for x, y in drawn_on])
+        if masks:
+            say(f"{sum(len(boxes.around(m)) for _, stacked in masks for m in stacked)} boxes are drawn on the prompts: what is in them is asked for as a class, and boxes are drawn around what is found")
+            labels_range = stack.low_high
+    if not segmentation and not masks and modality(label) == "ct":
         say("note: CT is seen through the window [-100, 200] HU, so the answer stays inside it")
     slices = [tuple(data.matching_slice(k, len(stack), len(p[0])) for p in shown) for k in range(len(stack))]
     if segmentation:
@@ -665,8 +681,10 @@ def answer_file(path, prompts, model, checkpoint, args, several):
     # ---- answer, back on the input's grid
     confidence = np.zeros(stack.shape, np.float32) if args.confidence else None
     with tqdm(total=len(stack), unit="slice", disable=None) as progress:
-        answer = predict_stack(model, shown, stack, segmentation, args.mode, args.votes, args.seed, args.dataset, slices, progress,
+        answer = predict_stack(model, masks or shown, stack, segmentation or bool(masks), args.mode, args.votes, args.seed, args.dataset, slices, progress,
                                args.neighbours, args.tile, args.propagate, confidence, args.close_up)
+    if masks:
+        answer = draw_parts(stack, answer)
     if not segmentation:
         answer = answer * (labels_range[1] - labels_range[0]) + labels_range[0]
         answer = answer if kind.kind == "f" else np.rint(answer).clip(np.iinfo(kind).min, np.iinfo(kind).max)

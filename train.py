@@ -74,7 +74,7 @@ def parse(argv=None):
     add("--synthetic_share", type=float, help="add the procedural tasks, as this share of the draws (default with --datasets ... synthetic: that of one dataset)")
     add("--augment", type=float, default=0.0, help="share of samples made into other tasks by turning, zooming, other contrasts (paper: none)")
     add("--close_up", type=float, default=0.0, help="share of segmentation samples that see one class from near, as infer.py does at a second look of --coloring binary (ours)")
-    add("--boxes", default="lines", choices=("lines", "filled"), help="the answer of detection, lines: boxes drawn on the image (paper); filled: a mask of their insides, which infer.py draws (ours; for small models)")
+    add("--boxes", default="lines", choices=("lines", "filled"), help="the answer of detection, lines: boxes drawn on the image (paper); filled: a mask of their insides, which infer.py draws (ours; for small models); the procedural tasks have lines either way")
     add("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, else 0)")
     # the optimisation
     add("--optimizer", default="adamw", choices=("adamw", "muon"), help="adamw: paper; muon: on the blocks' matrices (ours)")
@@ -157,7 +157,7 @@ FIXED = ("model", "image_size", "layout", "positions", "qk_norm", "drop_path", "
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix is made orthogonal before it is added (Jordan et al. 2024), as large as an AdamW step (Liu et al. 2025).
 
-    As torch.optim.Muon, which rounds to bfloat16; a CPU without bfloat16 arithmetic takes eighty times as long for that, so that here it is float32 except on a GPU.
+    As torch.optim.Muon, which rounds to bfloat16; a CPU without bfloat16 arithmetic takes eighty times as long for that, so that here it is float32 except with CUDA.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -167,7 +167,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                kept = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                kept = state["momentum_buffer"]
                 kept.lerp_(p.grad, 1 - group["momentum"])
                 update = self.orthogonal(p.grad.lerp(kept, group["momentum"]))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
@@ -280,7 +283,7 @@ def main(argv=None):
                   "predefined": list(episodes.predefined) if args.coloring == "predefined" else None}
     model.to(device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    if bf16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if bf16 and device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         say("--bf16: this CPU has no bfloat16 arithmetic and would take many times as long; float32 it is")
         bf16 = False
     model.recompute = args.recompute

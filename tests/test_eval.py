@@ -141,6 +141,23 @@ def test_boxes_that_overlap_are_blurred_or_cross_bone_are_read():
             assert evaluation.box_scores(boxes.read(answer, image), known)[0] > least
 
 
+def test_what_is_drawn_in_white_on_an_image_and_what_is_not():
+    rng = np.random.default_rng(0)
+    image = (rng.random((128, 128)) * 0.7).astype(np.float32)
+    known = [(20, 30, 60, 90), (80, 20, 119, 50)]
+    painted = boxes.draw(image, known)
+    assert sorted(boxes.drawn(painted, image)) == known
+    assert np.array_equal(boxes.fill(boxes.drawn(boxes.draw(image, known, 5), image), image.shape), boxes.fill(known, image.shape))  # thick lines may be read twice
+    assert len(boxes.drawn((painted + rng.normal(0, 0.02, painted.shape)).clip(0, 1).astype(np.float32), image)) == 2  # as a JPEG is
+    image, known = image[:44, :40], [(3, 5, 20, 30)]
+    assert len(boxes.drawn(boxes.draw(image, known), image)) == 1
+    y, x = np.mgrid[:44, :40] - 20
+    far = np.hypot(y, x)
+    for other in (image, np.maximum(image, far < 8), np.maximum(image, (far < 12) & (far > 9)), 1 - image, image * 0,
+                  np.where(boxes.fill(known, image.shape), image, 0), np.maximum(image, rng.random(image.shape) > 0.97), image[::-1]):
+        assert boxes.drawn(other.astype(np.float32), image) == []
+
+
 def test_boxes_around_the_parts_of_a_mask():
     known = [(3, 4, 12, 19), (20, 5, 29, 14), (0, 24, 2, 31)]
     mask = boxes.fill(known, (30, 32))
@@ -154,6 +171,9 @@ def test_boxes_around_the_parts_of_a_mask():
     snake[1::8, 39], snake[2::8, 39], snake[3::8, 39], snake[5::8, 1], snake[6::8, 1], snake[7::8, 1] = (True,) * 6
     assert boxes.around(snake) == [(0, 1, 40, 39)]  # one winding part
     assert boxes.around(np.zeros((4, 4))) == []
+    large = np.zeros((1500, 2000), bool)
+    large[303:901, 1200:1777] = large[303:901, 0:595] = True
+    assert boxes.around(large) == [(303, 0, 900, 594), (303, 1200, 900, 1776)]
 
 
 def test_box_scores_by_hand():

@@ -642,6 +642,36 @@ def test_boxes_drawn_on_a_prompt_are_asked_for_as_a_mask(echo, monkeypatch):
         asked.clear()
         infer.predict(echo, [(image, label.astype(np.float32))], other)
         assert not asked  # an image, painted on the canvas
+    echo.meta, found = {"coloring": "binary", "boxes": "filled"}, []  # an example without a finding beside one with two
+    infer.predict(echo, [(other, other + np.float32(1e-4)), (image, boxes.draw(image, known))], other, found=found)
+    assert [a.sum() > 0 for a in asked] == [False, True] and len(found[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["ct", "mri", "png", "png16"])
+def test_boxes_of_files_come_back_in_the_units_of_the_input(echo, tmp_path, kind, capsys):
+    """Drawn as bright as the prompt gets, or as its window does, whatever the range of the numbers."""
+    echo.meta, rng, known = {"coloring": "binary", "boxes": "filled"}, np.random.default_rng(0), [(5, 8, 20, 30), (40, 30, 59, 47)]
+    scale = {"ct": lambda a: a * 1300 - 1000, "mri": lambda a: a * 600, "png": lambda a: a * 200, "png16": lambda a: a * 3000}[kind]
+    top = {"ct": 300, "mri": 900, "png": 255, "png16": 65535}[kind]
+    for n, name in enumerate(("a", "b")):
+        array = scale(rng.random((64, 64)))
+        marked = np.where(boxes.draw(np.zeros((64, 64)), known) > 0, top, array)
+        for end, values in (("", array), ("_label", marked)):
+            if kind.startswith("png"):
+                Image.fromarray(values.astype(np.uint8 if kind == "png" else np.uint16)).save(tmp_path / f"{name}{end}.png")
+            else:
+                volume(tmp_path / f"{name}{end}.nii.gz", label=values.T[..., None].astype(np.int16))
+        if n:
+            kept = array
+    end = ".png" if kind.startswith("png") else ".nii.gz"
+    command(tmp_path / "m.pt", "--prompt", tmp_path / f"a{end}", "--input", tmp_path / f"b{end}", "--output", tmp_path / f"o{end}", "--task", "image", "--axis", "axial")
+    assert "2 boxes are drawn on the prompts" in capsys.readouterr().out
+    answer = np.array(Image.open(tmp_path / f"o{end}")) if kind.startswith("png") else np.asarray(nibabel.load(tmp_path / f"o{end}").dataobj)[..., 0].T
+    low, high = {"ct": (-100, 200), "png": (0, 255)}.get(kind, np.percentile(kept.astype(np.int16 if kind == "mri" else np.uint16), (0.5, 99.5)))
+    unit = lambda a: ((a.clip(low, high) - low) / (high - low)).astype(np.float32)
+    assert np.abs(np.subtract(sorted(boxes.drawn(unit(answer), unit(kept))), known)).max() <= 2
+    far = boxes.draw(np.zeros((64, 64)), [(t - 1, l - 1, b + 1, r + 1) for t, l, b, r in known], 4) == 0
+    assert np.abs(unit(answer) - unit(kept))[far].max() < 0.02
 
 
 def test_a_second_look_with_propagation(echo):
