@@ -40,6 +40,7 @@ MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 BATCH = 16        # slices painted at once
 VIEWS = 2         # of a question, as it is and mirrored, that are averaged where training knew such views
 SEEN, FAINT = 0.65, 0.2   # a class painted by itself is seen from the share SEEN of a slice's brightest pixel on, and never below the gray FAINT
+SURE, PARTS = 0.8, 3      # a box is drawn around what is seen from the share SURE on, and so many candidates are looked at again
 NEAR, SECOND = 1.5, 0.67  # a second look's window is so many times as large as what was seen, and its answer counts so much
 MAX_FITS = 2 ** 26  # values of per-class fits held at once, 256 MiB
 LABEL_NAMES = [sign + word for word in ("label", "labels", "seg", "segmentation", "gt", "mask", "target") for sign in "_-"]
@@ -147,12 +148,13 @@ def fits(gray):
     return fit / fit.sum(1, keepdim=True)
 
 
-def look_again(model, pairs, images, gray, classes, mode, votes=None):
+def look_again(model, pairs, images, gray, classes, mode, votes=None, parts=1):
     """A second look from near, of each class by itself where the first one has seen it, as in training with --close_up; `gray` is changed in place.
 
     pairs: prompts [(image, label)] and images [(H, W)], arrays at their own resolution; gray (B, C, H, W): what a first look at the images painted.
     A window is NEAR times as large as the class, on the prompts or the image, whichever is largest, and at least a quarter of the picture; from 0.85 of it on, once
-    is enough. Outside the window the class is not, and a hundredth of what was seen at either end does not move it.
+    is enough. Outside the window the class is not, and a hundredth of what was seen at either end does not move it. parts: above 1, so many of the largest connected
+    parts that were seen are looked at one by one.
     """
     side, places = model.config.image_size, []
     seen = (gray > begins(gray)).numpy()
@@ -160,10 +162,17 @@ def look_again(model, pairs, images, gray, classes, mode, votes=None):
         found = [data.extent(y == value) for _, y in pairs]
         somewhere = next((f for f in found if f), None)  # a prompt without the class is seen where another has it
         for b in range(len(images)):
-            if somewhere and (place := data.extent(seen[b, c], 0.01)):
+            if parts > 1:
+                looks = [data.extent(boxes.fill([box], seen.shape[2:])) for box in boxes.around(seen[b, c])[:parts]]
+            else:
+                looks = [data.extent(seen[b, c], 0.01)]
+            for place in (p for p in looks if p and somewhere):
                 size = max(0.25, NEAR * max(place[1], *(f[1] for f in found if f)))
                 if size <= 0.85:
                     places.append((b, c, data.window(place[0], size, images[b].shape), [data.window((f or somewhere)[0], size, x.shape) for f, (x, _) in zip(found, pairs)]))
+    first = gray.clone()
+    for b, c, *_ in places:
+        gray[b, c] = 0
     for start in range(0, len(places), BATCH):
         part = places[start:start + BATCH]
         questions = [(look([x[w] for (x, _), w in zip(pairs, around)], side, data.resize_images),
@@ -171,9 +180,8 @@ def look_again(model, pairs, images, gray, classes, mode, votes=None):
                       look([images[b][here]], side, data.resize_images)) for b, c, here, around in part]
         near = paint_views(model, *(torch.stack(t) for t in zip(*questions)), mode, votes)
         for (b, c, here, _), answer in zip(part, near):
-            first = gray[b, c][here].clone()
-            gray[b, c] = 0
-            gray[b, c][here] = torch.lerp(first, data.resize_images(answer[0, 0], first.shape), SECOND)
+            before = first[b, c][here]
+            gray[b, c][here] = torch.maximum(gray[b, c][here], torch.lerp(before, data.resize_images(answer[0, 0], before.shape), SECOND))
 
 
 def segment(model, prompt_images, prompt_labels, images, classes, mode="auto", votes=None, seed=0, dataset=None):
@@ -239,16 +247,19 @@ def box_masks(prompts):
     return masks if any(m.any() for _, m in masks) else None
 
 
-def draw_parts(stack, answer, found=None):
-    """A stack (K, H, W) with a box around every part of a mask of the same shape; found: a list to fill with every slice's boxes."""
-    around = [boxes.around(mask) for mask in answer]
+def predict_boxes(model, masks, stack, *how, close_up=None, found=None):
+    """Detection by a model that was trained with --boxes filled: a stack (K, H, W) with boxes drawn on it, around what is surely of the class that the boxes of
+    the prompts hold. masks: what `box_masks` gives; how: `mode` to `propagate` of `predict_stack`, in its order; found: a list to fill with every slice's boxes."""
+    confidence = np.zeros(stack.shape, np.float32)
+    answer = predict_stack(model, masks, stack, True, *how, confidence, close_up, parts=PARTS)
+    around = [boxes.around(mask) for mask in (answer > 0) & (confidence >= SURE / (SURE + SEEN))]
     if found is not None:
         found[:] = around
     return np.stack([boxes.draw(stack[k], b) for k, b in enumerate(around)])
 
 
 def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, seed=0, dataset=None, slices=None, progress=None,
-                  neighbours=0, tile=False, propagate=False, confidence=None, close_up=None, found=None):
+                  neighbours=0, tile=False, propagate=False, confidence=None, close_up=None, found=None, parts=1):
     """Answer every slice of a stack (K, H, W) float in [0, 1] -> (K, H, W): integers with the prompt's values, or floats.
 
     prompts: list of (images, labels), each (K_p, H_p, W_p), label integers or floats in [0, 1]
@@ -257,10 +268,10 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
     propagate: the slice before with its answer counts as one more prompt (segmentation, slice by slice)
     close_up: look a second time, from near, where a class was seen (segmentation by a model of binary colorings, not with tile; default: if it was trained so)
     confidence: a (K, H, W) float array to fill with the winning class's share of the votes, 1 / (classes + 1) to 1 (segmentation)
-    found: a list to fill with the boxes of every slice, where they were asked for as masks (a model trained with --boxes filled, images with white boxes drawn on them as labels)
+    parts: as for `look_again`; found: a list to fill with the boxes of every slice, where they were asked for as masks (a model trained with --boxes filled, images with white boxes drawn on them as labels)
     """
     if not segmentation and model.meta.get("boxes") == "filled" and (masks := box_masks(prompts)):
-        return draw_parts(stack, predict_stack(model, masks, stack, True, mode, votes, seed, dataset, slices, progress, neighbours, tile, propagate, confidence, close_up), found)
+        return predict_boxes(model, masks, stack, mode, votes, seed, dataset, slices, progress, neighbours, tile, propagate, close_up=close_up, found=found)
     side, scale = model.config.image_size, 2 if tile else 1
     mode, near = choose_mode(model, segmentation, mode), segmentation and not tile and model.meta.get("coloring") == "binary"
     if close_up and segmentation and not near:
@@ -301,7 +312,7 @@ def predict_stack(model, prompts, stack, segmentation, mode="auto", votes=None, 
                 return sum(a) / len(a)
             if near:
                 gray = data.resize_images(segment_each(model, images, labels, x, classes, mode, votes), (H, W))
-                look_again(model, pairs, stack[part], gray, classes, mode, votes)
+                look_again(model, pairs, stack[part], gray, classes, mode, votes, parts)
                 return fits(gray)
             total, weights = 0, torch.zeros(x.shape[-2:])
             for rows, columns in windows(side, tile):
@@ -341,7 +352,7 @@ def predict(model_or_path, prompts, image, mode="auto", votes=None, seed=0, devi
     image           (H, W) or (K, H, W) in [0, 1]
     mode            auto | ar | canvas; votes: colorings averaged; device: for a path, see mvg.pick_device; dataset: whose
                     colors to use, for a model trained on predefined ones
-    how             neighbours, tile, propagate, close_up and confidence of `predict_stack`
+    how             neighbours, tile, propagate, close_up, confidence and found of `predict_stack`
     Returns an array of the image's shape: the labels' integer type, or float32 in [0, 1]. Raises ValueError for arrays of another form.
     """
     if not prompts:
@@ -681,10 +692,8 @@ def answer_file(path, prompts, model, checkpoint, args, several):
     # ---- answer, back on the input's grid
     confidence = np.zeros(stack.shape, np.float32) if args.confidence else None
     with tqdm(total=len(stack), unit="slice", disable=None) as progress:
-        answer = predict_stack(model, masks or shown, stack, segmentation or bool(masks), args.mode, args.votes, args.seed, args.dataset, slices, progress,
-                               args.neighbours, args.tile, args.propagate, confidence, args.close_up)
-    if masks:
-        answer = draw_parts(stack, answer)
+        how = args.mode, args.votes, args.seed, args.dataset, slices, progress, args.neighbours, args.tile, args.propagate
+        answer = predict_boxes(model, masks, stack, *how) if masks else predict_stack(model, shown, stack, segmentation, *how, confidence, args.close_up)
     if not segmentation:
         answer = answer * (labels_range[1] - labels_range[0]) + labels_range[0]
         answer = answer if kind.kind == "f" else np.rint(answer).clip(np.iinfo(kind).min, np.iinfo(kind).max)
