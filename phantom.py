@@ -831,7 +831,7 @@ def write_deeplesion(out, seed):
                 rows.append(dict(
                     File_name=f"{stem}_{key:03d}.png", Patient_index=patient, Study_index=study, Series_ID=1, Key_slice_index=key,
                     Measurement_coordinates=join(x1, yc, x2, yc, xc, y1, xc, y2),
-                    Bounding_boxes=join(x1 - 5, y1 - 5, x2 + 5, y2 + 5),
+                    Bounding_boxes=join(max(1, x1 - 5), max(1, y1 - 5), min(size - 1, x2 + 5), min(size - 1, y2 + 5)),
                     Lesion_diameters_Pixel_=join(max(x2 - x1, y2 - y1), min(x2 - x1, y2 - y1)),
                     Normalized_lesion_location=join(xc / size, yc / size, (z + 8) / 72), Coarse_lesion_type=-1 if part == 1 else kind,
                     Possibly_noisy=int((patient, picture) in ((3, 0), (10, 1), (17, 2))), Slice_range=join(key - 1, key + 1),
