@@ -3,24 +3,24 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-slow test-learning test-notebooks clean
+.PHONY: demo test test-slow clean
 
 .venv/done: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 	touch $@
 
+# So many tests at once, of a thread each; make JOBS=1 for one after the other.
+JOBS ?= 2
+TESTS = $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations 12 tests
+test test-slow: export OMP_NUM_THREADS = 1
+
 test: .venv/done
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(TESTS) -m "not slow"
 
-# What takes minutes: a small model has to learn something, the notebooks run. `make -j 2 test-slow` does both at once.
-test-slow: test-learning test-notebooks
-
-test-learning: .venv/done
-	$(BIN)/python -m pytest -q -s -m slow tests --ignore tests/test_notebooks.py
-
-test-notebooks: .venv/done
-	$(BIN)/python -m pytest -q -s -m slow tests/test_notebooks.py
+# What takes minutes: small models have to learn something, programs are killed and go on, the notebooks run.
+test-slow: .venv/done
+	$(TESTS) -m slow
 
 # The bundled checkpoint on subjects it never saw: one prompt, then the four kinds of task; then a few minutes of training on
 # them, and the same again. Pictures: runs/demo/before, runs/demo/after.
