@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -1100,11 +1101,18 @@ def matching_slice(k, count, prompt_count):
 # ---------------------------------------------------------------------------------------------------------------------
 # python data.py --data_root DIR: what is found there
 
+def pyplot():
+    """matplotlib.pyplot, without a display unless somebody has imported it before: a notebook keeps its own. Raises ImportError where matplotlib is missing."""
+    import matplotlib
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def draw_figure(path, found, columns=4):
     """One training slice of every dataset beside its label, colored at random as in training (images as they are)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     rows = -(-len(found) // columns)
     figure, axes = plt.subplots(rows, 2 * columns, figsize=(2 * columns * 1.5, rows * 1.75), squeeze=False)
     for axis in axes.flat:
@@ -1221,7 +1229,6 @@ def describe_health(name, r):
 
 def command_line(main):
     """Run a program's main; what a user can mend ends it with one line and exit status 2."""
-    import sys
     try:
         status = main()
         sys.exit(status if isinstance(status, int) else 0)

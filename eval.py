@@ -20,7 +20,6 @@ import argparse
 import csv
 import json
 import os
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -500,17 +499,9 @@ def compare(columns, out=None):
     return found
 
 
-def plotting():
-    import matplotlib
-    if "matplotlib.pyplot" not in sys.modules:  # a notebook keeps its own
-        matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
 def draw_data(path, shares, found, names, metric):
     """Score against the share of the training data, a line a dataset (the paper's Figure 7)."""
-    plt = plotting()
+    plt = data.pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.5))
     order = np.argsort(shares)
     for d in (d for d in names if metric[d] == "mIoU"):
@@ -525,7 +516,7 @@ def draw_data(path, shares, found, names, metric):
 
 def draw_scores(path, results):
     """Every dataset's main score with its interval, beside copying and the paper's MVG (its Figure 2 as bars): one panel a metric."""
-    plt = plotting()
+    plt = data.pyplot()
     paper = {**{n: float(v) for n, v in zip(TABLE_2, PAPER_2["MVG"].split())}, **{n: float(v) for n, v in zip(TABLE_3, PAPER_3["MVG"].split()[1::3])}}
     groups = {m: [n for n, r in results.items() if m == next((m for m in MAIN if r.get(m) is not None), None)] for m in MAIN}
     groups = {m: names for m, names in groups.items() if names}
@@ -569,7 +560,7 @@ def draw_examples(out, results, answer, datasets):
 
 def draw_rows(path, examples):
     """A row an example, (its name, dataset, answers): prompt, its label, image, truth, prediction, of the middle slice."""
-    plt = plotting()
+    plt = data.pyplot()
     if not examples:
         return
     figure, axes = plt.subplots(len(examples), 5, figsize=(10, 2.1 * len(examples)), squeeze=False)

@@ -557,9 +557,7 @@ def as_stack(volume, modality, axis):
 
 def draw_overlay(path, stack, answer, segmentation, columns=5):
     """A montage of up to 25 slices: classes laid over the image, or the image beside its answer."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = data.pyplot()
     shown = np.flatnonzero([a.any() for a in answer]) if segmentation else np.arange(len(stack))
     shown = shown if len(shown) else np.arange(len(stack))
     shown = shown[np.unique(np.linspace(0, len(shown) - 1, min(25, len(shown))).round().astype(int))]

@@ -577,11 +577,9 @@ def validate(model, episodes, device, rank, ranks, seed):
 def draw_curve(out):
     """loss.png from log.jsonl: every dataset's loss under its objective. Nothing without matplotlib."""
     try:
-        import matplotlib
+        plt = data.pyplot()
     except ImportError:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     curves, scores = {}, {}
     for line in (json.loads(l) for l in (out / "log.jsonl").read_text().splitlines()):
         for objective, by in line["losses"].items():
