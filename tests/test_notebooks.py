@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import shutil
 
 import nbformat
@@ -35,6 +36,9 @@ def test_what_is_committed(path):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # in order, none left out
     clean(notebook)
+    for cell in cells:
+        shows = re.search(r"^(plt\.)?show\(", cell.source, re.M)
+        assert not shows or any("image/png" in o.get("data", {}) for o in cell.outputs), f"no picture came of\n{cell.source}"
     pictures = [Image.open(io.BytesIO(base64.b64decode(o.data["image/png"]))) for o in outputs(notebook) if "image/png" in o.get("data", {})]
     assert pictures and all(p.width <= 900 for p in pictures)  # GitHub shows no more
     assert str(ROOT.parent) not in path.read_text()
