@@ -9,18 +9,20 @@ ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "real"
 FIVE = ["acdc", "la", "msd_hippocampus", "Dataset801_NerveUltrasound", "Dataset802_MsT1ToFlair"]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not keep others from working; before torch
+# Threads that wait must not keep others from working; before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-import data
 import mvg
-import phantom
+from lab import phantom
+from scans.datasets import DATASETS, find
+from scans.store import Store, prepare
 
 
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
-    """A data root with stand-ins of five datasets: three kinds of MRI, ultrasound pictures, image-to-image."""
+    """A data root with stand-ins of five datasets: MRI, ultrasound pictures, image-to-image."""
     root = tmp_path_factory.mktemp("stand_ins")
     phantom.write(root, 0, FIVE)
     return root
@@ -31,18 +33,19 @@ def sixteen(tmp_path_factory):
     """A data root with all sixteen stand-ins, written by two processes."""
     out = tmp_path_factory.mktemp("sixteen")
     slow = ["chest_xray", "deeplesion", "brats_gli", "promise12", "btcv", "microsegnet"]
-    parts = [slow, [n for n in data.DATASETS if n not in slow]]
-    runs = [subprocess.Popen([sys.executable, "phantom.py", "--out", str(out), "--datasets", *part], cwd=ROOT, stdout=subprocess.DEVNULL) for part in parts]
+    command = [sys.executable, "-m", "lab.phantom", "--out", str(out), "--datasets"]
+    runs = [subprocess.Popen([*command, *part], cwd=ROOT, stdout=subprocess.DEVNULL)
+            for part in (slow, [n for n in DATASETS if n not in slow])]
     assert [run.wait() for run in runs] == [0, 0]
     return out
 
 
 @pytest.fixture(scope="session")
 def store(stand_ins, tmp_path_factory):
-    """The prepared store of those stand-ins."""
+    """The prepared store of the five stand-ins."""
     root = tmp_path_factory.mktemp("store")
-    data.prepare(data.find(stand_ins), root)
-    return data.Store(root)
+    prepare(find(stand_ins), root)
+    return Store(root)
 
 
 @pytest.fixture(scope="session")

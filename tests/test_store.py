@@ -1,7 +1,11 @@
-"""The prepared store and the doctor: killed, raced, corrupted, newer, too large; nothing torn, nothing silent."""
+"""The prepared store and the doctor: what they hold, and that nothing is torn, nothing silent.
+
+Programs are killed and raced, files corrupted, stores newer than the code or too large.
+"""
 
 import faulthandler
 import filecmp
+import gzip
 import json
 import os
 import shutil
@@ -9,112 +13,274 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
-import data
-import readers
-import train
+from common import context
 from conftest import REAL, ROOT
-from readers import DataError
-from test_data import write_pair
-from test_train import failure
+from scans.datasets import DATASETS, find
+from scans.doctor import diagnose
+from scans.store import STORE_VERSION, Store, in_processes, open_store, prepare, prepare_case
+from scans.volumes import DataError, extension, intensity_range, slicing, to_unit
+from test_datasets import quiet, write_pair
 
-quiet = lambda line: None
+
+# ---- what the store holds
+
+def test_the_store_holds_what_the_files_hold(stand_ins, store):
+    for name, hit in find(stand_ins, ["acdc", "Dataset802_MsT1ToFlair"]).items():
+        case = hit.cases[0]
+        stored = next(c for c in store.cases[name] if c.name == case.name)
+        pair = case.load()
+        cut = slicing(pair.image)
+        expected = to_unit(cut.cut(pair.image.array), intensity_range(pair.image, "mri"))
+        for k in (0, stored.slices // 2):
+            image, label, valid = stored.read(k)
+            assert np.abs(image - expected[k]).max() < 1 / 2 ** 13 and valid is None
+            if hit.dataset.colored:
+                assert np.array_equal(label, cut.cut(pair.label.array)[k])
+                assert stored.classes[k] == [c for c in np.unique(label) if c]
+
+
+def test_the_store_is_built_once_and_rebuilt_where_a_source_changed(tmp_path):
+    root, where = tmp_path / "data" / "Dataset900_Two", tmp_path / "store"
+
+    def stamp(name):
+        return (where / "Dataset900_Two" / name / "image.npy").stat().st_mtime_ns
+
+    write_pair(root, "a")
+    write_pair(root, "b", seed=1)
+    found = find(tmp_path / "data")
+    prepare(found, where)
+    before = {n: stamp(n) for n in "ab"}
+    prepare(found, where)
+    assert {n: stamp(n) for n in "ab"} == before
+    write_pair(root, "b", seed=2, shape=(40, 40, 8))
+    prepare(find(tmp_path / "data"), where)
+    assert stamp("a") == before["a"] and stamp("b") != before["b"]
+    cases = Store(where).cases["Dataset900_Two"]
+    assert {c.name: c.slices for c in cases} == {"a": 6, "b": 8}
+
+
+def test_a_bad_case_is_named_and_left_out(tmp_path, capsys):
+    root = tmp_path / "data" / "Dataset900_Bad"
+    for i, n in enumerate("abc"):
+        write_pair(root, n, seed=i)
+    (root / "labelsTr" / "b.nii.gz").unlink()
+    whole = (root / "imagesTr" / "c_0000.nii.gz").read_bytes()
+    (root / "imagesTr" / "c_0000.nii.gz").write_bytes(whole[:len(whole) // 2])
+    problems = prepare(find(tmp_path / "data"), tmp_path / "store")
+    said = capsys.readouterr().out
+    missing = "b: b.nii.gz is missing, it is neither trained on nor scored"
+    assert f"Dataset900_Bad: {missing}" in said
+    assert len(problems["Dataset900_Bad"]) == 1 and "c_0000.nii.gz cannot be read" in said
+    assert [c.name for c in Store(tmp_path / "store").cases["Dataset900_Bad"]] == ["a"]
+
+
+def test_a_large_slice_is_reduced_to_the_training_resolution(tmp_path):
+    write_pair(tmp_path / "Dataset900_Large", "a", shape=(700, 300, 1))
+    prepare(find(tmp_path), tmp_path / "store")
+    case = Store(tmp_path / "store").cases["Dataset900_Large"][0]
+    image, label, _ = case.read(0)
+    assert image.shape == label.shape == (300, 512)
+    assert case.index["spacing"] == pytest.approx([4, 1, 700 / 512])
+    assert set(np.unique(label)) == {0, 1}
+
+
+def test_another_description_of_the_dataset_makes_its_cases_anew(tmp_path):
+    root = tmp_path / "data" / "Dataset900_One"
+    write_pair(root, "a")
+    about = json.loads((root / "dataset.json").read_text())
+    for change in ({}, {"channel_names": {"0": "CT"}}, {"labels": "image"}):
+        (root / "dataset.json").write_text(json.dumps({**about, **change}))
+        prepare(find(tmp_path / "data"), tmp_path / "store")
+        case = Store(tmp_path / "store").cases["Dataset900_One"][0]
+        assert (case.index["scale"] == [-100, 200]) == ("channel_names" in change)
+        assert case.read(2)[1].max() <= 1
+        assert (case.index["label_scale"] is None) == (change.get("labels") != "image")
+
+
+@pytest.mark.parametrize("damage", ("cut", "empty", "gone", "index", "list", "dataset"))
+def test_a_damaged_store_is_named_and_mended(tmp_path, damage):
+    write_pair(tmp_path / "data" / "Dataset900_One", "a")
+    found = find(tmp_path / "data")
+    prepare(found, tmp_path / "store")
+    case = tmp_path / "store" / "Dataset900_One" / "a"
+    if damage == "cut":
+        (case / "image.npy").write_bytes((case / "image.npy").read_bytes()[:500])
+    elif damage == "empty":
+        (case / "label.npy").write_bytes(b"")
+    elif damage == "gone":
+        (case / "label.npy").unlink()
+    elif damage == "index":
+        (case / "case.json").write_text('{"version": 2}')
+    elif damage == "list":
+        (case / "case.json").write_text("[]")
+    else:
+        (case.parent / "dataset.json").write_text("{}")
+    with pytest.raises(DataError, match="Dataset900_One.* is damaged"):
+        Store(tmp_path / "store")
+    prepare(found, tmp_path / "store")
+    mended = Store(tmp_path / "store").cases["Dataset900_One"][0]
+    assert mended.read(0)[0].shape == (40, 40)
+
+
+def newer_store(tmp_path):
+    """A store with a case of a later version: what was found, the store, the case's index."""
+    write_pair(tmp_path / "data" / "Dataset900_One", "a")
+    found = find(tmp_path / "data")
+    prepare(found, tmp_path / "store", quiet)
+    index = tmp_path / "store" / "Dataset900_One" / "a" / "case.json"
+    text = index.read_text()
+    assert f'"version": {STORE_VERSION}' in text
+    index.write_text(text.replace(f'"version": {STORE_VERSION}', '"version": 99'))
+    return found, tmp_path / "store", index
+
+
+def test_a_newer_store_is_refused(tmp_path):
+    with pytest.raises(DataError, match="version 99"):
+        Store(newer_store(tmp_path)[1])
+
+
+def test_a_newer_store_is_neither_read_nor_overwritten(tmp_path):
+    found, store, index = newer_store(tmp_path)
+    kept = index.read_bytes()
+    for use in (partial(prepare, found, store, quiet), partial(Store, store)):
+        with pytest.raises(DataError, match="version 99.*update the code"):
+            use()
+    assert index.read_bytes() == kept
 
 
 # ---- the doctor
 
-# What is wrong with the stand-ins (phantom.PLANTED tells of more: those are ways of storing, to be read rightly without a word).
-DEFECTS = {"promise12": ["test_Case02: Case02_segmentation.mhd is missing"], "brats_local": ["BraTS-GLI-00001-000: BraTS-GLI-00001-000-t1n.nii.gz"],
-           "chest_xray": ["CHNCXR_0025_0: CHNCXR_0025_0.png is missing", "CHNCXR_0010_0: CHNCXR_0010_0_mask.png is 96x80"],
-           "la": ["0RZDK210BSMWAA6467LU: its header says voxels of 1 x 1 x 1 mm"], "msd_lung": ["lung_014: lung_014.nii.gz is missing"]}
-REMARKS = {"promise12": ["5 cases of"], "brats_gli": ["14 cases of"], "brats_local": ["1 cases of"], "ldct": ["1 patients have one dose only"],
-           "chest_xray": ["6 cases of", "2 cases of", "a color picture is read as gray (1 of 13"], "deeplesion": ["3 lesions marked Possibly_noisy"],
-           "microsegnet": ["its header's voxels of 1 x 1 x 1 mm are a placeholder (7 of 7"]}
+# What is wrong with the stand-ins. PLANTED of lab/phantom.py tells of more: those are ways of
+# storing, to be read rightly without a word.
+DEFECTS = {
+    "promise12": ["test_Case02: Case02_segmentation.mhd is missing"],
+    "brats_local": ["BraTS-GLI-00001-000: BraTS-GLI-00001-000-t1n.nii.gz"],
+    "chest_xray": ["CHNCXR_0025_0: CHNCXR_0025_0.png is missing",
+                   "CHNCXR_0010_0: CHNCXR_0010_0_mask.png is 96x80"],
+    "la": ["0RZDK210BSMWAA6467LU: its header says voxels of 1 x 1 x 1 mm"],
+    "msd_lung": ["lung_014: lung_014.nii.gz is missing"]}
+REMARKS = {
+    "promise12": ["5 cases of"], "brats_gli": ["14 cases of"], "brats_local": ["1 cases of"],
+    "ldct": ["1 patients have one dose only"],
+    "chest_xray": ["6 cases of", "2 cases of", "a color picture is read as gray (1 of 13"],
+    "deeplesion": ["3 lesions marked Possibly_noisy"],
+    "microsegnet": ["its header's voxels of 1 x 1 x 1 mm are a placeholder (7 of 7"]}
 
 
 def doctor(*args):
-    run = subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return run.returncode, run.stdout, run.stderr
+    """Run `python data.py`: (exit status, standard output)."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), *map(str, args)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return run.returncode, run.stdout
 
 
 def test_the_doctor_finds_what_was_planted_and_nothing_else(sixteen, tmp_path):
-    status, said, _ = doctor("--data_root", sixteen, "--json", "--figure", tmp_path / "f.png")
-    report = json.loads(said)["datasets"]
-    assert status == 1 and (tmp_path / "f.png").stat().st_size > 10_000 and json.loads(said)["problems"] == []
-    assert list(report) == list(data.DATASETS) and all(r["found"] for r in report.values())
+    figure = tmp_path / "f.png"
+    status, said = doctor("--data_root", sixteen, "--json", "--figure", figure)
+    said = json.loads(said)
+    report = said["datasets"]
+    assert status == 1 and figure.stat().st_size > 10_000 and said["problems"] == []
+    assert list(report) == list(DATASETS) and all(r["found"] for r in report.values())
     for name, r in report.items():
         for what, expected in (("problems", DEFECTS), ("notes", REMARKS)):
             starts = expected.get(name, [])
-            assert len(r[what]) == len(starts) and all(line.startswith(start) for line, start in zip(r[what], starts)), (name, r[what])
-        assert Path(r["root"]).is_dir() and r["cases"]["train"] and r["cases"]["test"] and r["slices"] >= r["foreground"] > 0
-        assert 0 < r["mean"] < 1 and (not data.DATASETS[name].colored or r["classes"])
-    assert report["amos_mri"]["classes_absent"] == ["bladder", "prostate/uterus"] and report["msd_spleen"]["classes"] == {"1": "spleen"}
+            assert len(r[what]) == len(starts), (name, r[what])
+            assert all(map(str.startswith, r[what], starts)), (name, r[what])
+        assert Path(r["root"]).is_dir() and r["cases"]["train"] and r["cases"]["test"]
+        assert r["slices"] >= r["foreground"] > 0
+        assert 0 < r["mean"] < 1 and (not DATASETS[name].colored or r["classes"])
+    assert report["amos_mri"]["classes_absent"] == ["bladder", "prostate/uterus"]
+    assert report["msd_spleen"]["classes"] == {"1": "spleen"}
 
 
-def test_the_doctor_tells_the_truth_of_the_real_scans():
-    if not REAL.is_dir():
-        pytest.skip(f"real scans are not here ({REAL})")
-    report = data.diagnose(data.find(REAL))
+def test_the_doctor_tells_the_truth_of_the_real_scans(real):
+    report = diagnose(find(real))
     cases = {n: (r["cases"]["train"], r["cases"]["test"]) for n, r in report.items() if r["found"]}
-    assert cases["acdc"] == (72, 28) and cases["msd_hippocampus"] == (48, 12) and cases["Dataset801_NerveUltrasound"] == (100, 20)
-    assert sum(cases["deeplesion"]) == 50 and cases["promise12"] == cases["msd_spleen"] == cases["ldct"] == (1, 0)
+    assert cases["acdc"] == (72, 28) and cases["msd_hippocampus"] == (48, 12)
+    assert cases["Dataset801_NerveUltrasound"] == (100, 20)
+    assert sum(cases["deeplesion"]) == 50
+    assert cases["promise12"] == cases["msd_spleen"] == cases["ldct"] == (1, 0)
     problems = {n: r["problems"] for n, r in report.items() if r["problems"]}
-    assert set(problems) == {"brats_local", "ldct"}  # no healthy mask; slices of a volume stacked 210 mm apart, its headers are stand-ins
+    # no healthy mask; slices of a volume stacked 210 mm apart, whose headers are stand-ins
+    assert set(problems) == {"brats_local", "ldct"}
     assert "mask-healthy" in problems["brats_local"][0] and "spacing" in problems["ldct"][0]
-    assert {n for n in data.DATASETS if not report[n]["found"]} == {"amos_ct", "amos_mri", "word", "btcv", "microsegnet", "chest_xray", "msd_liver", "msd_lung"}
+    assert {n for n in DATASETS if not report[n]["found"]} == {
+        "amos_ct", "amos_mri", "word", "btcv", "microsegnet", "chest_xray", "msd_liver",
+        "msd_lung"}
+
+
+ILL = {  # case: what the doctor says of it
+    "unreadable": "cannot be read", "mismatch": "5x5x5", "value": "holds the label 7",
+    "missing": "is missing", "thick": "spacing", "empty": "label is empty",
+    "constant": "image is constant"}
+
+
+def make_ill(root):
+    """An nnU-Net folder with three good cases and one of every kind of `ILL`."""
+    for i, n in enumerate(("good", "other", "third", *ILL)):
+        write_pair(root, n, seed=i)
+    image = {n: root / "imagesTr" / f"{n}_0000.nii.gz" for n in ILL}
+    label = {n: root / "labelsTr" / f"{n}.nii.gz" for n in ILL}
+    affine, shape = nibabel.load(label["value"]).affine, nibabel.load(label["value"]).shape
+
+    def put(path, array, scale=1):
+        turned = affine @ np.diag([scale, scale, scale, 1])
+        nibabel.save(nibabel.Nifti1Image(array, turned), path)
+
+    image["unreadable"].write_bytes(image["unreadable"].read_bytes()[:300])
+    put(label["mismatch"], np.ones((5, 5, 5), np.uint8))
+    put(label["value"], np.full(shape, 7, np.uint8))
+    label["missing"].unlink()
+    for path in (image["thick"], label["thick"]):
+        put(path, np.asarray(nibabel.load(path).dataobj), 9)
+    put(label["empty"], np.zeros(shape, np.uint8))
+    put(image["constant"], np.full(shape, 3, np.int16))
+    return [*image.values(), *label.values()]
 
 
 def test_the_doctor_names_every_kind_of_problem(tmp_path):
-    root = tmp_path / "data" / "Dataset900_Ill"
-    for i, n in enumerate(("good", "other", "third", "unreadable", "mismatch", "value", "missing", "thick", "empty", "constant")):
-        write_pair(root, n, seed=i)
-    image, label = lambda n: root / "imagesTr" / f"{n}_0000.nii.gz", lambda n: root / "labelsTr" / f"{n}.nii.gz"
-    import nibabel
-    image("unreadable").write_bytes(image("unreadable").read_bytes()[:300])
-    put = lambda path, array, affine=None: nibabel.save(nibabel.Nifti1Image(array, nibabel.load(path).affine if affine is None else affine), path)
-    shape = nibabel.load(label("good")).shape
-    put(label("mismatch"), np.ones((5, 5, 5), np.uint8))
-    put(label("value"), np.full(shape, 7, np.uint8))
-    label("missing").unlink()
-    for path in (image("thick"), label("thick")):
-        put(path, np.asarray(nibabel.load(path).dataobj), nibabel.load(path).affine @ np.diag([9, 9, 9, 1]))
-    put(label("empty"), np.zeros(shape, np.uint8))
-    put(image("constant"), np.full(shape, 3, np.int16))
-    status, said, _ = doctor("--data_root", tmp_path, "--json")
-    report = json.loads(said)["datasets"]["Dataset900_Ill"]
-    found = {line.split(": ")[0]: line for line in report["problems"]}
-    words = {"unreadable": "cannot be read", "mismatch": "5x5x5", "value": "holds the label 7", "missing": "is missing", "thick": "spacing", "empty": "label is empty",
-             "constant": "image is constant"}
-    assert status == 1 and set(found) == set(words) and all(w in found[n] for n, w in words.items()), report["problems"]
-    status, said, _ = doctor("--data_root", tmp_path, "--figure", tmp_path / "f.png")
-    assert status == 1 and (tmp_path / "f.png").is_file() and all(f"PROBLEM: {line}" in said for line in report["problems"])
-    for n in words:
-        image(n).unlink()
-        label(n).unlink(missing_ok=True)
+    files = make_ill(tmp_path / "data" / "Dataset900_Ill")
+    status, said = doctor("--data_root", tmp_path, "--json")
+    problems = json.loads(said)["datasets"]["Dataset900_Ill"]["problems"]
+    named = {line.split(": ")[0]: line for line in problems}
+    assert status == 1 and set(named) == set(ILL), problems
+    assert all(words in named[n] for n, words in ILL.items()), problems
+    status, said = doctor("--data_root", tmp_path, "--figure", tmp_path / "f.png")
+    assert status == 1 and (tmp_path / "f.png").is_file()
+    assert all(f"PROBLEM: {line}" in said for line in problems)
+    for path in files:
+        path.unlink(missing_ok=True)
     assert doctor("--data_root", tmp_path)[0] == 0
 
 
-def test_strict_refuses_to_start_and_the_rest_says_what_is_left_out(tmp_path, capsys):
+def test_strict_refuses_and_the_rest_says_what_is_left_out(tmp_path, capsys):
     root = tmp_path / "data" / "Dataset900_Ill"
     for i in range(4):
         write_pair(root, f"c{i}", seed=i)
     (root / "imagesTr" / "c1_0000.nii.gz").write_bytes(b"nothing")
-    argv = ["--data_root", tmp_path / "data", "--store", tmp_path / "store", "--model", "demo", "--image_size", "16", "--batch_size", "2", "--steps", "1", "--out"]
-    assert "1 problems, the first is Dataset900_Ill: c1" in failure(capsys, train.main, *argv, tmp_path / "a", "--strict")
-    train.main([*map(str, argv), str(tmp_path / "b")])
+    with pytest.raises(DataError, match="1 problems, the first is Dataset900_Ill: c1"):
+        open_store(tmp_path / "data", tmp_path / "store", strict=True)
+    capsys.readouterr()
+    store = open_store(tmp_path / "data", tmp_path / "store")
     assert "left out of Dataset900_Ill: c1" in capsys.readouterr().out
+    assert [c.name for c in store.cases["Dataset900_Ill"]] == ["c0", "c2", "c3"]
 
 
 # ---- building
 
 def build(found, root, **more):
-    return data.prepare(found, root, quiet, **more)
+    return prepare(found, root, quiet, **more)
 
 
 def same_tree(a, b):
@@ -123,23 +289,31 @@ def same_tree(a, b):
     return files[0] == files[1] and not filecmp.cmpfiles(a, b, files[0], shallow=False)[1]
 
 
+def start_building(root, store, workers, **more):
+    """Another program that fills a store."""
+    program = ("from scans import datasets, store; "
+               f"store.prepare(datasets.find({str(root)!r}), {str(store)!r}, workers={workers})")
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL,
+                            **more)
+
+
 def test_processes_change_nothing(stand_ins, tmp_path):
-    found = data.find(stand_ins)
+    found = find(stand_ins)
     build(found, tmp_path / "one", workers=1)
     build(found, tmp_path / "three", workers=3)
     assert same_tree(tmp_path / "one", tmp_path / "three")
 
 
 def kill_and_finish(root, tmp_path, moments):
-    """Builds that are killed, each into a store of its own, then finished: all equal to an unbroken one. Returns at how many cases."""
-    found, at = data.find(root), []
+    """Builds that are killed, each into a store of its own, then finished: all equal to an unbroken
+    one. Returns at how many cases."""
+    found, at = find(root), []
     started = time.perf_counter()
     build(found, tmp_path / "whole", workers=2)
     length = time.perf_counter() - started
-    program = f"import data; data.prepare(data.find({str(root)!r}), STORE, workers=2)"
     for i, moment in enumerate(moments):
         store = tmp_path / f"killed{i}"
-        run = subprocess.Popen([sys.executable, "-c", program.replace("STORE", repr(str(store)))], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        run = start_building(root, store, workers=2, start_new_session=True)
         while not store.is_dir() and run.poll() is None:  # imports are no building
             time.sleep(0.005)
         time.sleep(moment * length)
@@ -147,11 +321,13 @@ def kill_and_finish(root, tmp_path, moments):
         run.wait()
         at.append(len(list(store.glob("*/*/case.json"))))
         deadline = time.time() + 20
-        while subprocess.run(["pgrep", "-g", str(run.pid)], capture_output=True).returncode == 0 and time.time() < deadline:
+        workers = ["pgrep", "-g", str(run.pid)]
+        while subprocess.run(workers, capture_output=True).returncode == 0:
+            assert time.time() < deadline, "workers outlived their parent"
             time.sleep(0.1)
-        assert time.time() < deadline, "workers outlived their parent"
         build(found, store, workers=2)
-        assert same_tree(tmp_path / "whole", store), f"killed at {moment:.2f} of the time, {at[-1]} cases"
+        whole = same_tree(tmp_path / "whole", store)
+        assert whole, f"killed at {moment:.2f} of the time, {at[-1]} cases"
         shutil.rmtree(store)
     return at
 
@@ -168,42 +344,32 @@ def test_ten_kills_of_a_build_of_all_sixteen(sixteen, tmp_path):
 
 
 def test_several_programs_build_one_store_at_once(stand_ins, tmp_path):
-    program = f"import data; data.prepare(data.find({str(stand_ins)!r}), {str(tmp_path / 'store')!r}, workers=1)"
-    runs = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
+    runs = [start_building(stand_ins, tmp_path / "store", workers=1) for _ in range(3)]
     assert [run.wait() for run in runs] == [0, 0, 0]
-    build(data.find(stand_ins), tmp_path / "alone")
+    build(find(stand_ins), tmp_path / "alone")
     assert same_tree(tmp_path / "store", tmp_path / "alone")
 
 
 def test_a_read_only_data_root_and_a_full_disk(tmp_path, monkeypatch):
+    root = tmp_path / "data"
     for n in "abcdef":
-        write_pair(tmp_path / "data" / "Dataset900_One", n)
-    folders = [tmp_path / "data", *(p for p in (tmp_path / "data").rglob("*") if p.is_dir())]
+        write_pair(root / "Dataset900_One", n)
+    folders = [root, *(p for p in root.rglob("*") if p.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
-    before = sorted((tmp_path / "data").rglob("*"))
+    before = sorted(root.rglob("*"))
     said = []
-    assert data.prepare(data.find(tmp_path / "data"), tmp_path / "store", said.append) == {}
-    assert sorted((tmp_path / "data").rglob("*")) == before
-    assert any("5 more cases to prepare: about 0.00 GB" in line and "minutes" in line for line in said), said
+    assert prepare(find(root), tmp_path / "store", said.append) == {}
+    assert sorted(root.rglob("*")) == before
+    line = next(s for s in said if "5 more cases to prepare: about 0.00 GB" in s)
+    assert "minutes" in line
     for folder in folders:
         folder.chmod(0o755)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
-    with pytest.raises(DataError, match="needs about .* GB more and 0.0 GB are free: name another --store"):
-        build(data.find(tmp_path / "data"), tmp_path / "other")
-
-
-def test_a_newer_store_is_neither_read_nor_overwritten(tmp_path):
-    write_pair(tmp_path / "data" / "Dataset900_One", "a")
-    found = data.find(tmp_path / "data")
-    build(found, tmp_path / "store")
-    index = tmp_path / "store" / "Dataset900_One" / "a" / "case.json"
-    index.write_text(index.read_text().replace(f'"version": {data.STORE_VERSION}', '"version": 99'))
-    kept = index.read_bytes()
-    for use in (lambda: build(found, tmp_path / "store"), lambda: data.Store(tmp_path / "store")):
-        with pytest.raises(DataError, match="version 99.*update the code"):
-            use()
-    assert index.read_bytes() == kept
+    full = shutil._ntuple_diskusage(10, 10, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    words = "needs about .* GB more and 0.0 GB are free: name another --store"
+    with pytest.raises(DataError, match=words):
+        build(find(root), tmp_path / "other")
 
 
 # ---- processes
@@ -218,10 +384,28 @@ def die(number):
 
 
 def test_a_job_that_kills_its_process_ends_nobody_else():
-    answers = {n: (answer, error) for n, answer, error in data.in_processes(die, [(n,) for n in range(12)], workers=2)}
-    assert set(answers) == set(range(12)) and {n for n, (_, error) in answers.items() if error} == {3, 5}
+    jobs = [(n,) for n in range(12)]
+    answers = {n: (answer, error) for n, answer, error in in_processes(die, jobs, workers=2)}
+    assert set(answers) == set(range(12))
+    assert {n for n, (_, error) in answers.items() if error} == {3, 5}
     assert "died" in str(answers[3][1]) and str(answers[5][1]) == "five is bad"
     assert all(answers[n][0] == 2 * n for n in answers if n not in (3, 5))
+
+
+def test_a_job_that_is_not_taken_because_a_process_died_is_not_lost(monkeypatch):
+    taken = []
+
+    class Pool(ProcessPoolExecutor):
+        def submit(self, *job):
+            taken.append(job)
+            if len(taken) == 3:  # another job has killed its process meanwhile
+                raise BrokenProcessPool
+            return super().submit(*job)
+
+    monkeypatch.setattr("scans.store.ProcessPoolExecutor", Pool)
+    jobs = [(-n,) for n in range(6)]
+    answers = {n: answer for n, answer, _ in in_processes(abs, jobs, workers=2)}
+    assert answers == {n: n for n in range(6)}
 
 
 # ---- corrupted files
@@ -239,9 +423,11 @@ def corrupt(content, kind, rng):
             content[at] = int(rng.integers(256))
     if how == 3 and kind in (".nii", ".nii.gz"):  # dimensions, type, slope
         at = int(rng.choice([42, 44, 46, 70, 72, 112, 116, 108]))
-        content[at:at + 2] = rng.choice([b"\xff\x7f", b"\x00\x80", b"\x00\x00", b"\x40\x00", b"\x10\x00"])
+        values = [b"\xff\x7f", b"\x00\x80", b"\x00\x00", b"\x40\x00", b"\x10\x00"]
+        content[at:at + 2] = rng.choice(values)
     elif how == 3 and kind in (".mhd", ".mha", ".nrrd"):
-        for word, other in ((b"DimSize = ", b"DimSize = 99999 "), (b"sizes: ", b"sizes: 99999 "), (b"MET_SHORT", b"MET_DOUBLE"), (b"type: ", b"type: double #")):
+        for word, other in ((b"DimSize = ", b"DimSize = 99999 "), (b"sizes: ", b"sizes: 99999 "),
+                            (b"MET_SHORT", b"MET_DOUBLE"), (b"type: ", b"type: double #")):
             if rng.random() < 0.5:
                 content = bytearray(bytes(content).replace(word, other, 1))
     elif how == 3:
@@ -253,55 +439,68 @@ def corrupt(content, kind, rng):
 
 
 def read_corrupted(case, dataset, file, number, folder):
-    """Read a case with one of its files corrupted: what came of it, as text; the process's peak of memory meanwhile goes to a file."""
+    """Read a case with one of its files corrupted: what came of it, as text.
+
+    The process's peak of memory meanwhile goes to a file.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     try:
         return read_spoilt(case, dataset, file, number, folder)
     finally:
-        peak = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM"))
         (Path(folder) / f"{number}.peak").write_text(peak.split()[1])
 
 
 def read_spoilt(case, dataset, file, number, folder):
-    import gzip
-    rng, kind = np.random.default_rng([7, number]), readers.extension(file)
+    rng, kind = np.random.default_rng([7, number]), extension(file)
     place = Path(folder) / str(number)
     place.mkdir()
-    twin = {p: place / p.name for p in (q for f in case.files for q in (f, f.with_suffix(".raw"), f.with_suffix(".zraw")) if q.is_file())}
-    for source, copy in twin.items():
-        shutil.copy(source, copy)
-    packed = kind == ".nii.gz" and rng.random() < 0.7  # below the compression, else everything ends in a bad checksum
-    content = gzip.decompress(twin[file].read_bytes()) if packed else twin[file].read_bytes()
-    content = corrupt(content, kind, rng)
+    twin = {}  # of every file, and of the raw data of a header
+    for path in case.files:
+        for source in (path, path.with_suffix(".raw"), path.with_suffix(".zraw")):
+            if source.is_file():
+                twin[source] = place / source.name
+                shutil.copy(source, twin[source])
+    # below the compression, else everything ends in a bad checksum
+    packed = kind == ".nii.gz" and rng.random() < 0.7
+    content = twin[file].read_bytes()
+    content = corrupt(gzip.decompress(content) if packed else content, kind, rng)
     twin[file].write_bytes(gzip.compress(content, 1) if packed else content)
+    args = [twin.get(a, a) if isinstance(a, Path) else a for a in case.load.args]
     moved = replace(case, files=tuple(twin[f] for f in case.files),
-                    load=partial(case.load.func, *(twin.get(a, a) if isinstance(a, Path) else a for a in case.load.args), **case.load.keywords))
-    arrays, index = data.prepare_case(moved, dataset)
+                    load=partial(case.load.func, *args, **case.load.keywords))
+    arrays, index = prepare_case(moved, dataset)
     shape = (index["slices"], *index["size"])
-    assert all(a.shape == shape for a in arrays.values()) and arrays["image"].dtype == np.uint16 and np.isfinite(index["scale"]).all()
+    assert all(a.shape == shape for a in arrays.values())
+    assert arrays["image"].dtype == np.uint16 and np.isfinite(index["scale"]).all()
     assert not dataset.colored or arrays["label"].max() <= len(dataset.labels)
     return "read"
 
 
 @pytest.mark.slow
 def test_200_corruptions(sixteen, tmp_path):
-    """Finite arrays of the declared shape, or one line that names the file; no crash, no hang, memory below 2 GiB."""
-    roots, jobs = [sixteen] + [REAL] * REAL.is_dir(), []
-    for root in roots:
-        for hit in data.find(root, say=quiet).values():
-            if hit.dataset.name not in ("ldct", "deeplesion"):
-                case = next((c for c in hit.cases if c.split != "inference"), None)
-                jobs += [(case, hit.dataset, f) for f in case.files if readers.extension(f)] if case else []
+    """Finite arrays of the declared shape, or one line that names the file; no crash, no hang,
+    memory below 2 GiB."""
+    jobs = []
+    for root in (sixteen, REAL) if REAL.is_dir() else (sixteen,):
+        for hit in find(root, say=quiet).values():
+            case = next((c for c in hit.cases if c.split != "inference"), None)
+            if case and hit.dataset.name not in ("ldct", "deeplesion"):
+                jobs += [(case, hit.dataset, f) for f in case.files if extension(f)]
     jobs = [(*jobs[i % len(jobs)], i, str(tmp_path)) for i in range(200)]
     started, came = time.time(), {}
-    for number, answer, error in data.in_processes(read_corrupted, jobs, workers=2):
+    for number, answer, error in in_processes(read_corrupted, jobs, workers=2):
         came.setdefault(answer or type(error).__name__, []).append(number)
         if error is not None:
-            text = str(error)
-            assert isinstance(error, DataError) and "\n" not in text and "died" not in text, (jobs[number][2], text)
-            assert any(p.name in text for p in (tmp_path / str(number)).iterdir()), (jobs[number][2], text)
+            file, text = jobs[number][2], str(error)
+            assert isinstance(error, DataError), (file, text)
+            assert "\n" not in text and "died" not in text, (file, text)
+            copies = (tmp_path / str(number)).iterdir()
+            assert any(p.name in text for p in copies), (file, text)
     print({k: len(v) for k, v in came.items()}, f"{time.time() - started:.0f} s")
-    assert sum(map(len, came.values())) == 200 and len(came["DataError"]) > 80 and len(came["read"]) > 20
+    assert sum(map(len, came.values())) == 200
+    assert len(came["DataError"]) > 80 and len(came["read"]) > 20
     peaks = [int(p.read_text()) for p in tmp_path.glob("*.peak")]
     print(f"peak {max(peaks) / 2 ** 20:.2f} GiB")
     assert len(peaks) == 200 and max(peaks) < 2 * 2 ** 20  # KiB
@@ -309,24 +508,30 @@ def test_200_corruptions(sixteen, tmp_path):
 
 # ---- a long run
 
+def open_files_and_memory():
+    """How many files this process has open, and its memory in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return len(os.listdir("/proc/self/fd")), pages * 4096 / 2 ** 20
+
+
 @pytest.mark.slow
 def test_100_000_draws_leave_files_and_memory_alone(tmp_path):
     """From a store of 2,000 cases."""
     write_pair(tmp_path / "data" / "Dataset900_Many", "a", shape=(20, 20, 3))
-    build(data.find(tmp_path / "data"), tmp_path / "store")
+    build(find(tmp_path / "data"), tmp_path / "store")
     root = tmp_path / "store" / "Dataset900_Many"
     about, index = (json.loads((root / p).read_text()) for p in ("dataset.json", "a/case.json"))
     for i in range(2000):
         shutil.copytree(root / "a", root / f"c{i}")
-        (root / f"c{i}" / "case.json").write_text(json.dumps({**index, "name": f"c{i}", "patient": f"c{i}"}))
-    (root / "dataset.json").write_text(json.dumps({**about, "cases": [f"c{i}" for i in range(2000)]}))
-    episodes = data.Episodes(data.Store(tmp_path / "store"), 16, 8, 4)
-    state = lambda: (len(os.listdir("/proc/self/fd")), int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20)
-    seen = {}
+        copy = {**index, "name": f"c{i}", "patient": f"c{i}"}
+        (root / f"c{i}" / "case.json").write_text(json.dumps(copy))
+    about["cases"] = [f"c{i}" for i in range(2000)]
+    (root / "dataset.json").write_text(json.dumps(about))
+    samples, seen = context(Store(tmp_path / "store"), 16, 8, 4), {}
     for draw in range(100_000):
-        episodes[draw // 100, draw % 100]
+        samples[draw // 100, draw % 100]
         if draw in (5_000, 50_000, 99_999):
-            seen[draw] = state()
-    print({d: f"{f} files, {m:.0f} MiB" for d, (f, m) in seen.items()})
+            seen[draw] = open_files_and_memory()
+    print({d: f"{files} files, {memory:.0f} MiB" for d, (files, memory) in seen.items()})
     first, last = seen[5_000], seen[99_999]
     assert last[0] <= first[0] + 2 and last[1] < first[1] + 20

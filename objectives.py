@@ -1,0 +1,122 @@
+"""Section 4.1: the two objectives, their losses, and the switch between them.
+
+    mim    masked image modeling (Eq. 1): hidden patches of the canvas [P_x P_y; X Y]
+    ar     next-image prediction (Eq. 2): every label after the first
+
+Segmentation is always trained with ar. The other tasks are trained with mim nine times of ten, and
+with ar the tenth time. Half of all samples are segmentation.
+
+A loss is a function (model, batch, labels, recipe) -> the loss of every sample (B,); LOSSES names
+them. Every sample is normalised by its own weights, so that two ranks equal one process.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mvg import interleave, to_pixels
+
+WHOLE_STEP = 2 ** 31 - 1  # stands for "all samples of the step" in the key of a generator
+
+
+# -------------------------------------------------------------------------------------------------
+# The switch
+
+def switch(recipe, step, segmentation_share):
+    """(objective, prompt pairs, probability that a sample is segmentation) of a whole step.
+
+    One draw from (seed, step), so that all ranks agree. A batch has one objective, which is drawn
+    first; the tasks of its samples follow by Bayes' rule. segmentation_share: recipe.seg_share, or
+    0 or 1 where one of the two kinds of task is not there.
+    """
+    rng = np.random.default_rng([recipe.seed, step, WHOLE_STEP])
+    p_mim = {"hybrid": (1 - segmentation_share) * recipe.mim_share, "ar": 0.0, "mim": 1.0}
+    p_mim = p_mim[recipe.objective]
+    mim = rng.random() < p_mim
+    low, high = recipe.prompt_range
+    prompts = 1 if mim else int(rng.integers(low, high + 1))
+    if recipe.objective != "hybrid":
+        return ("mim" if mim else "ar"), prompts, segmentation_share
+    if mim:
+        return "mim", prompts, 0.0
+    return "ar", prompts, segmentation_share / (1 - p_mim)
+
+
+def draw_hidden(rng, tokens, mask_ratio, hide_label=0.0):
+    """Which patches of the canvas are hidden, (4, N) bool.
+
+    round(4 N mask_ratio) patches anywhere in the four images; with probability hide_label instead
+    all of Y and nothing else, as at inference (ours).
+    """
+    hidden = np.zeros(4 * tokens, bool)
+    if rng.random() < hide_label:
+        hidden[3 * tokens:] = True
+    else:
+        hidden[rng.permutation(4 * tokens)[:round(4 * tokens * mask_ratio)]] = True
+    return hidden.reshape(4, tokens)
+
+
+# -------------------------------------------------------------------------------------------------
+# The losses
+
+def pixel_loss(painted, target, recipe):
+    """The regression loss pixel by pixel: smooth_l1 (paper), l1 or l2."""
+    if recipe.loss == "smooth_l1":
+        return F.smooth_l1_loss(painted, target, beta=recipe.beta, reduction="none")
+    if recipe.loss == "l1":
+        return (painted - target).abs()
+    return (painted - target) ** 2
+
+
+def pixel_weights(batch, labels, recipe):
+    """How much every pixel of the images and of the labels counts, 2 x (B, S, 1, H, W).
+
+    1, but `background_weight` on the background of colored masks (authors), and 0 where a label
+    has no truth. With `balance` (ours) what an image task leaves as it is, to within 0.1, counts
+    as background, too, in the label and in the image.
+    """
+    masks = batch.colored.view(-1, 1, 1, 1, 1)
+    background = (labels == 0) & masks
+    of_image, of_label = torch.ones_like(labels), batch.valid.to(labels.dtype)
+    if recipe.balance:
+        alike = ((labels - batch.images).abs() < 0.1) & ~masks
+        of_image = torch.where(alike, recipe.background_weight, of_image)
+        background = background | alike
+    return of_image, torch.where(background, recipe.background_weight * of_label, of_label)
+
+
+def mean_error(painted, target, weight, recipe):
+    """The weighted mean loss of every sample: 3 x (B, E, 1, H, W) -> (B,)."""
+    error = pixel_loss(painted.float(), target.float(), recipe) * weight
+    total = weight.sum((2, 3, 4)).sum(1)
+    return error.sum((2, 3, 4)).sum(1) / total.clamp(min=1e-6)
+
+
+def balanced(sample, batch, labels, recipe):
+    """With `balance` (ours) a mask of little foreground counts as if it filled a tenth of the
+    image, at most ten times as much; otherwise a small organ teaches little. (B,) -> (B,)"""
+    if not recipe.balance:
+        return sample
+    filled = (labels != 0).flatten(1).float().mean(1)
+    more = sample * 0.1 / filled.clamp(0.01, 0.1)
+    return torch.where(batch.colored & (filled > 0), more, sample)
+
+
+def next_image_loss(model, batch, labels, recipe):
+    """"ar", Eq. 2: the loss on every label after the first. labels (B, S, 1, H, W), colored."""
+    _, weight = pixel_weights(batch, labels, recipe)
+    painted = model(batch.images, labels, drop=batch.drop)  # (B, S - 1, 1, H, W)
+    sample = mean_error(painted, labels[:, 1:], weight[:, 1:], recipe)
+    return balanced(sample, batch, labels, recipe)
+
+
+def masked_loss(model, batch, labels, recipe):
+    """"mim", Eq. 1: the loss on the hidden patches of the canvas. labels (B, 2, 1, H, W)."""
+    weight = interleave(*pixel_weights(batch, labels, recipe))  # (B, 4, 1, H, W)
+    weight = weight * to_pixels(batch.hidden, labels.shape[-2:])
+    painted = model(batch.images, labels, hidden=batch.hidden, drop=batch.drop)
+    sample = mean_error(painted, interleave(batch.images, labels), weight, recipe)
+    return balanced(sample, batch, labels, recipe)
+
+
+LOSSES = {"ar": next_image_loss, "mim": masked_loss}

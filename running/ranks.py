@@ -1,0 +1,69 @@
+"""The processes of a training: ranks, device, number format, and requests to stop."""
+
+import os
+import signal
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from running.checkpoints import pick_device
+
+
+class Ranks:
+    """This process among those of torchrun. Alone it is rank 0 of 1."""
+
+    def __init__(self, device_name):
+        self.distributed = "RANK" in os.environ
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device, self.reason = pick_device(device_name, local)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.distributed:  # a long timeout: the others wait while the first prepares the store
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=12))
+
+    def say(self, *words):
+        if self.main:
+            print(*words, flush=True)
+
+    def wrap(self, model):
+        if not self.distributed:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids)
+
+
+def use_bf16(recipe, ranks):
+    """bfloat16 autocast? Where a CPU has no such arithmetic it would take many times as long."""
+    cpu = ranks.device.type == "cpu"
+    asked = ranks.device.type == "cuda" if recipe.bf16 is None else recipe.bf16
+    if asked and cpu and torch.backends.mkldnn.is_available() and \
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ranks.say("bf16: this CPU has no bfloat16 arithmetic; float32 it is")
+        return False
+    return asked
+
+
+class Interrupts:
+    """SIGTERM and Ctrl-C, noted here and read at logging steps, by all ranks together."""
+
+    def __enter__(self):
+        self.noted = []
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def note(self, number, frame):
+        if self.noted and number == signal.SIGINT:  # pressed again
+            raise KeyboardInterrupt
+        self.noted.append(number)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

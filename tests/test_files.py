@@ -1,0 +1,155 @@
+"""scans/files.py: an image's label, a folder's images, the place and numbers of an answer."""
+
+import os
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from scans.files import answer_type, find_inputs, find_label, output_path
+from scans.volumes import DataError, Volume
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def source(path, kind="nifti", array=None, **more):
+    array = np.zeros((3, 4, 5), np.uint8) if array is None else array
+    return Volume(array, np.eye(4), path, kind, **more)
+
+
+# -------------------------------------------------------------------------------------------------
+# Labels
+
+
+@pytest.mark.parametrize("image,label", (
+    ("a.nii", "a_label.nii"),
+    ("a.nii.gz", "a_seg.nii.gz"),
+    ("a.nii.gz", "a_gt.nii"),
+    ("a.nii.gz", "a_segmentation.nii.gz"),
+    ("a.nii.gz", "a_target.nii.gz"),
+    ("a.png", "a-mask.png"),
+    ("a.mhd", "a_labels.mha"),
+    ("imagesTr/c_0000.nii.gz", "labelsTr/c.nii.gz"),
+    ("imagesTr/c.nii.gz", "labelsTr/c.nii.gz"),
+    ("imagesTs/c.nii.gz", "labelsTs/c.nii.gz"),
+    ("x/lgemri.nrrd", "x/laendo.nrrd"),
+    ("images/p.jpg", "masks/p.png"),
+))
+def test_the_label_is_found_by_the_usual_names(tmp_path, image, label):
+    touch(tmp_path / image, tmp_path / label)
+    assert find_label(tmp_path / image) == tmp_path / label
+
+
+def test_a_label_of_the_images_own_kind_comes_first_and_none_is_an_error(tmp_path):
+    touch(tmp_path / "a.nrrd", tmp_path / "a_seg.nii.gz", tmp_path / "a_seg.nrrd")
+    assert find_label(tmp_path / "a.nrrd") == tmp_path / "a_seg.nrrd"
+    touch(tmp_path / "lonely.nii.gz")
+    with pytest.raises(DataError, match="looked for lonely_label, .*: pass --prompt_label"):
+        find_label(tmp_path / "lonely.nii.gz")
+    touch(tmp_path / "imagesTr" / "lonely.nii.gz", tmp_path / "labelsTr" / "other.nii.gz")
+    with pytest.raises(DataError, match="no label beside it"):
+        find_label(tmp_path / "imagesTr" / "lonely.nii.gz")
+
+
+# -------------------------------------------------------------------------------------------------
+# Inputs
+
+
+def test_a_folder_stands_for_its_images(tmp_path):
+    """Neither labels, answers, hidden files nor files of another kind; a file stands for itself."""
+    images = [tmp_path / n for n in ("a.nii.gz", "b.nrrd", "c.png", "my_mask.nii")]
+    touch(*images)
+    touch(*(tmp_path / n for n in ("a_label.nii.gz", "b-seg.nrrd", "a_mvg.nii.gz", ".d.png",
+                                   "a_mvg_confidence.nii.gz", "a_mvg_overlay.png", "note.txt")))
+    assert find_inputs([tmp_path]) == images  # my_mask is no label: there is no "my"
+    assert find_inputs([str(images[1]), tmp_path]) == [images[1], *images]
+    assert find_inputs([tmp_path / "a_label.nii.gz"]) == [tmp_path / "a_label.nii.gz"]
+    touch(tmp_path / "empty" / "note.txt")
+    with pytest.raises(DataError, match="empty holds no image .*no DICOM series"):
+        find_inputs([tmp_path / "empty"])
+
+
+def test_a_folder_with_a_dicom_series_is_one_input(tmp_path):
+    (tmp_path / "scan").mkdir()
+    image = sitk.GetImageFromArray(np.zeros((4, 5), np.int16))
+    sitk.WriteImage(image, str(tmp_path / "scan" / "1.dcm"))
+    assert find_inputs([tmp_path / "scan"]) == [tmp_path / "scan"]
+
+
+# -------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize("name,kind,answer", (
+    ("a.nii", "nifti", "a_mvg.nii"),
+    ("a.nii.gz", "nifti", "a_mvg.nii.gz"),
+    ("a.mha", "itk", "a_mvg.mha"),
+    ("a.mhd", "itk", "a_mvg.mha"),
+    ("a.nrrd", "itk", "a_mvg.nrrd"),
+    ("a.nhdr", "itk", "a_mvg.nrrd"),
+    ("a.jpg", "picture", "a_mvg.png"),
+    ("a.tif", "picture", "a_mvg.png"),
+    ("scan", "nifti", "scan_mvg.nii.gz"),
+))
+def test_without_a_name_the_answer_lies_beside_its_input(tmp_path, name, kind, answer):
+    assert output_path(None, source(tmp_path / name, kind), []) == tmp_path / answer
+    (tmp_path / "out").mkdir()
+    scan = source(tmp_path / name, kind)
+    for several in (False, True):
+        assert output_path(tmp_path / "out", scan, [], several) == tmp_path / "out" / answer
+
+
+def test_an_answer_goes_where_it_was_asked_to(tmp_path):
+    scan = source(tmp_path / "a.nii.gz")
+    touch(tmp_path / "old.nii.gz", scan.path)
+    for name in ("x.nii", "old.nii.gz"):  # an answer may be written again
+        assert output_path(tmp_path / name, scan, [scan.path]) == tmp_path / name
+    for name, words in (("x.png", r"cannot hold the answer to a.nii.gz: end it in .nii or .nii.gz"),
+                        ("x", "cannot hold the answer"),
+                        ("no/x.nii", "there is no folder"),
+                        ("a.nii.gz", "is one of the inputs")):
+        with pytest.raises(DataError, match=words):
+            output_path(tmp_path / name, scan, [scan.path])
+    with pytest.raises(DataError, match="is one of the inputs"):  # by whatever name it is called
+        output_path(tmp_path / "." / "a.nii.gz", scan, [f"{tmp_path}/./a.nii.gz"])
+    (tmp_path / "folder.nii").mkdir()
+    assert output_path(tmp_path / "folder.nii", scan, []).parent == tmp_path / "folder.nii"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(DataError, match="cannot be written there"):
+        output_path(tmp_path / "locked" / "x.nii", source(tmp_path / "a.nii"), [])
+
+
+def test_the_numbers_of_a_mask_hold_its_largest_class(tmp_path):
+    scan, picture = source(tmp_path / "a.nii"), source(tmp_path / "a.png", "picture")
+    for label, largest, output, kind in (
+        (scan, 3, "o.nii", np.uint8), (scan, 255, "o.nii", np.uint8),
+        (scan, 256, "o.nii", np.int32),
+        (scan, 2 ** 31, "o.nii", np.int64), (picture, 255, "o.png", np.uint8),
+        (picture, 256, "o.png", np.uint16), (picture, 65535, "o.tif", np.uint16),
+        (picture, 65535, "o.nii", np.uint16),
+    ):
+        assert answer_type(label, largest, True, tmp_path / output) == kind, (largest, output)
+        assert largest <= np.iinfo(kind).max
+    with pytest.raises(DataError, match="holds the label 65536, too large for a picture"):
+        answer_type(scan, 65536, True, tmp_path / "o.png")
+
+
+def test_the_numbers_of_an_image_are_those_of_its_label(tmp_path):
+    integers = np.zeros((3, 4, 1), np.uint16)
+    bright = source(tmp_path / "a.png", "picture", integers, eight_bit=False)
+    plain = source(tmp_path / "a.png", "picture", integers.astype(np.uint8), eight_bit=True)
+    scan = source(tmp_path / "a.nii", array=integers.astype(np.float32))
+    assert answer_type(plain, 200, False, tmp_path / "o.png") == np.uint8
+    assert answer_type(bright, 200, False, tmp_path / "o.png") == np.uint16
+    for output in ("o.nii", "o.tif"):
+        assert answer_type(scan, 200, False, tmp_path / output) == np.float32
+    with pytest.raises(DataError, match="cannot hold the numbers of .*end it in .tif"):
+        answer_type(scan, 200, False, tmp_path / "o.png")

@@ -1,0 +1,89 @@
+"""Image tasks at the scan's own resolution (ours): in windows of the model's side.
+
+A mask is asked of the whole slice, reduced to the model's side. An image task would lose the detail
+that it is about. So training shows windows of the model's side, at the same relative place of
+prompt and task, and inference answers in windows that overlap by a half and are blended.
+"""
+
+import numpy as np
+import torch
+
+from scans.volumes import resize_images, resize_labels
+
+MAX_SIDE = 512  # pixels along a side at most, the resolution of the store
+
+
+def fit(picture, side, resize=resize_images):
+    """A picture (H, W) with at most 512 pixels along a side, and at least the model's: a tensor."""
+    grow = max(1, side / min(min(n, MAX_SIDE) for n in picture.shape))
+    most = max(side, MAX_SIDE)
+    size = [min(most, max(side, round(min(n, MAX_SIDE) * grow))) for n in picture.shape]
+    picture = torch.from_numpy(np.ascontiguousarray(picture, np.float32))
+    return resize(picture[None, None], size)[0, 0].clamp(0, 1)
+
+
+def window(picture, place, side):
+    """The window at a relative place (y, x), 0 to 1: (H, W) -> (side, side)."""
+    top, left = (round(at * (n - side)) for at, n in zip(place, picture.shape))
+    return picture[top:top + side, left:left + side].contiguous()
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
+
+def crop_windows(pairs, side, rng):
+    """Pairs [(image, label, valid or None)], (H, W) arrays, the task last -> three tensors each.
+
+    Where a truth is known in part only, the window holds some of it. What a label leaves as it is
+    in the image is known there, too: it is to come through unchanged.
+    """
+    place = draw_place(pairs[-1][2], side, rng)
+    cropped = []
+    for image, label, valid in pairs:
+        known = np.ones(image.shape, bool)
+        if valid is not None:
+            known = valid | (image == label) & (label > 0)
+        pictures = fit(image, side), fit(label, side), fit(known, side, resize_labels).byte()
+        cropped.append(tuple(window(p, place, side) for p in pictures))
+    return cropped
+
+
+def draw_place(valid, side, rng):
+    """A relative place anywhere, or so that the window holds a random valid pixel."""
+    if valid is None or not valid.any():
+        return rng.random(2)
+    chosen = np.argwhere(valid)[rng.integers(valid.sum())] + rng.uniform(-0.4, 0.4, 2) * side
+    room = np.maximum(np.array(valid.shape) - side, 1)
+    return np.clip((chosen - side / 2) / room, 0, 1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Inference
+
+def starts(length, side):
+    """Where windows begin along a length: they overlap by a half, the last one ends inside."""
+    return [*range(0, length - side, side // 2), length - side]
+
+
+def answer_in_windows(paint, pairs, image, side, batch=16):
+    """The answer (H, W) to an image (H, W) in [0, 1], window by window, blended.
+
+    paint   (prompt images (B, n, 1, s, s), prompt labels, images (B, 1, s, s)) -> (B, 1, s, s)
+    pairs   prompts [(image, label)], (H, W) arrays of any sizes, in [0, 1]
+    """
+    image_size, full = image.shape, fit(image, side)
+    pairs = [[fit(t, side) for t in pair] for pair in pairs]
+    corners = [(y, x) for y in starts(full.shape[0], side) for x in starts(full.shape[1], side)]
+    fade = torch.hann_window(side + 2)[1:-1]
+    fade = fade[:, None] * fade
+    total, weight = torch.zeros(full.shape), torch.zeros(full.shape)
+    for part in (corners[i:i + batch] for i in range(0, len(corners), batch)):
+        places = [[at / max(n - side, 1) for at, n in zip(corner, full.shape)] for corner in part]
+        images, labels = (torch.stack([torch.stack([window(pair[i], place, side) for pair in pairs])
+                                       for place in places])[:, :, None] for i in (0, 1))
+        shown = torch.stack([window(full, place, side) for place in places])[:, None]
+        for (y, x), answer in zip(part, paint(images, labels, shown)[:, 0]):
+            here = slice(y, y + side), slice(x, x + side)
+            total[here] += answer * fade
+            weight[here] += fade
+    return resize_images((total / weight)[None, None], image_size)[0, 0].clamp(0, 1)
