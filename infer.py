@@ -33,7 +33,6 @@ from scans.volumes import (DataError, Scaled, check_fit, command_line, extension
                            read_volume, shape_text, slicing, stem, write_json, write_like)
 
 __all__ = ["main", "predict"]
-
 MAX_CLASSES = 64  # a label of integers with more distinct values is an image
 AXES = ("sagittal", "coronal", "axial")
 
@@ -159,6 +158,8 @@ class Case:
                      "class, and boxes are drawn around what is found")
         elif self.segmentation:
             self.check_classes()
+            if self.args.votes > 1 and self.options.settled(self.model, True).each:
+                self.say("note: classes are asked for one by one: --votes changes nothing")
         elif self.prompts.label_modality == "ct":
             self.say("note: CT is seen through the window [-100, 200] HU, "
                      "so the answer stays inside it")

@@ -18,7 +18,6 @@ The tokens come in two layouts. A third one is a third subclass of `MVG`, named 
 Shapes: B batch, n prompts, S = n + 1 pairs, E elements, N = h * w tokens an image, D width.
 Pixels are single-channel floats in [0, 1]. `hidden == True` means the model has to paint it.
 
-    model = build("tiny", image_size=128)
     cache = model.encode_prompts(images, labels)    # both (B, n, 1, H, W)
     label = model.predict(cache, image)             # (B, 1, H, W) -> (B, 1, H, W)
 """

@@ -140,7 +140,8 @@ def make_parser():
         if f.name in FLAGS:
             add(f"--{f.name}", help=f"{comments[f.name]} (default: {f.default})".replace("%", "%%"),
                 **({"nargs": "+"} if f.type is tuple else {}))
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any field of the recipe")
+    add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
+        help="any field of the recipe")
     add("--epochs", type=float, help="an epoch is all training slices once (default: 100, paper)")
     add("--steps", type=int, help="number of steps, instead of --epochs")
     add("--stop_at", type=int, help="stop after this step, the schedule unchanged")

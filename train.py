@@ -1,7 +1,6 @@
 """Section 4.1, training: one model on every dataset found, by the paper's recipe.
 
-    python train.py --data_root DIR                       one process: whatever device is there
-    torchrun --nproc_per_node=8 train.py --data_root DIR  eight GPUs, the paper's setting
+    torchrun --nproc_per_node=8 train.py --data_root DIR            the paper's eight GPUs
     python train.py --data_root DIR --model demo --steps 500        minutes on a laptop
     python train.py --data_root DIR --layout paper --set loss=l1    another recipe (recipe.py)
 

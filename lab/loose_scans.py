@@ -1,6 +1,6 @@
-"""Put the loose real scans of ../shared/data/real into nnU-Net folders, for eval.py to score.
+"""Put loose real scans into nnU-Net folders, for eval.py to score.
 
-    python -m lab.loose_scans --real ../shared/data/real --out loose
+    python -m lab.loose_scans --real DIR --out loose
 
 Pictures of several patients: chest X-rays (lungs), prostate MRI.
 Single patients: organs in CT and in MR, quarter-dose to full-dose CT, T1c to T2, a T1 with a hole
@@ -19,7 +19,6 @@ from PIL import Image
 from scans.datasets import ldct
 from scans.volumes import DataError, command_line
 
-REAL = Path(__file__).parents[2] / "shared/data/real"
 ORGANS = {"spleen": 1, "right kidney": 2, "left kidney": 3, "gallbladder": 4, "liver": 5,
           "stomach": 6}
 
@@ -132,7 +131,7 @@ def write(real: Path, out: Path) -> None:
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--real", default=REAL, type=Path, help=f"default: {REAL}")
+    p.add_argument("--real", required=True, type=Path, help="folder with the scans, see above")
     p.add_argument("--out", required=True, type=Path, help="folder to write the datasets to")
     args = p.parse_args(argv)
     write(args.real, args.out)

@@ -17,4 +17,5 @@ datasets="acdc chest_xray la microsegnet brats_gli"
 $python train.py --data_root $data --datasets $datasets --model demo --image_size 64 \
     --coloring binary --set loss=l2 background_weight=0.2 drop_path=0 \
     --optimizer muon --lr 2e-3 --batch_size 16 --steps 200 --out runs/cpu "$@"
-$python eval.py --data_root $data --datasets $datasets --checkpoint runs/cpu/last.pt
+[[ " $* " == *" --dry_run "* ]] || \
+    $python eval.py --data_root $data --datasets $datasets --checkpoint runs/cpu/last.pt

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe of the bundled checkpoint in the next size, on one GPU: 10.6 M parameters, 128 pixels.
+# A recipe like the bundled checkpoint's, one size up, on one GPU: 10.6 M parameters, 128 pixels.
 #   bash runs/gpu.sh [DATA] [flags of train.py]
 # DATA: a data root of yours; without it nineteen invented datasets are drawn first (minutes).
 # Not run: hours and score are not known. Counted: 0.039 TFLOP a sample, 15 PFLOP for the 384,000

@@ -539,14 +539,14 @@ def slicing(volume: Volume, axis: int | None = None) -> Slicing:
 
     stored = io_orientation(volume.affine)  # (3, 2): of every stored axis, its axis in the world
     lps = axcodes2ornt(("L", "P", "S"))
+    to_lps, from_lps = ornt_transform(stored, lps), ornt_transform(lps, stored)
     world = stored[:, 0].astype(int)
     mm = np.empty(3)
-    mm[world] = _voxel_size(volume.affine)
+    mm[world] = _voxel_size(volume.affine)  # in the order of the world's axes
     if axis is None:
         flat = [int(world[i]) for i in range(3) if volume.array.shape[i] == 1]
         axis = flat[0] if len(flat) == 1 else _coarsest(mm, volume)
     spacing = tuple(float(mm[i]) for i in SLICE_ORDER[axis])
-    to_lps, from_lps = ornt_transform(stored, lps), ornt_transform(lps, stored)
     return Slicing(to_lps, from_lps, axis, spacing)
 
 
