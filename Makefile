@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 # So many tests at once, of a thread each; make JOBS=1 for one after the other.
 JOBS ?= 2
-TESTS = $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations 12 tests
+TESTS = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup --durations 12 tests
 test test-slow: export OMP_NUM_THREADS = 1
 
 lint: .venv/done

@@ -1,4 +1,4 @@
-"""Section 3.2, "Random Coloring": how classes become gray values, and gray values classes again.
+"""Section 3.2, random colorization: how classes become gray values, and gray values classes again.
 
 A *palette* gives every class of one sample its gray value. The background, class 0, is black.
 
@@ -8,7 +8,8 @@ A *palette* gives every class of one sample its gray value. The background, clas
     binary      one class, drawn at random, is white; the others count as background
 
 data.py draws a sample's palette and train.py lays it on the labels, both with this file.
-A new coloring is a new branch of `make_palette`. At inference `decode` reads a painted image.
+A new coloring is a new branch of `make_palette`, and of `choose_colors` in predict.py. At
+inference `decode` reads a painted image.
 """
 
 import numpy as np

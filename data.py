@@ -1,7 +1,7 @@
 """One training sample: which task, which slices, which crop, which colors, which hidden patches.
 
-All that is random comes from one generator, keyed by (seed, step, number of the sample in the
-global batch). So a run can be resumed, and split over any number of processes.
+All that is random comes from one generator, keyed by (seed, step, number of the sample): a run can
+be resumed, and split over any number of processes.
 
     python data.py --data_root DIR      what is found there, and what is wrong with it (the doctor)
 """
@@ -178,9 +178,9 @@ class ContextSamples(Dataset):
     def draw_prompt(self, name, case, k, rng, jitter=0.05):
         """A prompt for slice k of a training case: (stored case, slice), of another patient.
 
-        It is the slice with foreground nearest to the same relative height, plus jitter (ours),
-        among those that share a class with slice k, if any does. A dataset with a single case
-        prompts it with another slice of itself.
+        Ours: the paper says how to prompt at inference only. The slice with foreground nearest to
+        the same relative height, plus jitter, among those that share a class with slice k, if any
+        does. A dataset with a single case prompts it with another slice of itself.
         """
         cases, target = self.cases[name], self.cases[name][case]
         others = prompt_cases(cases, target)
@@ -208,7 +208,7 @@ class ContextSamples(Dataset):
         if colored:
             pairs = [crop(pair, self.image_size, rng) for pair in pairs]
         else:
-            pairs = crop_windows(pairs, self.image_size, rng)
+            pairs = crop_windows(pairs, self.image_size, rng)  # ours: at full resolution
         sample = [torch.stack(parts)[:, None] for parts in zip(*pairs)]
         if self.recipe.augment and rng.random() < self.recipe.augment:
             alone = all(case is chosen[-1][0] for case, _ in chosen)

@@ -8,8 +8,7 @@ One prompt, the matching slice of a random training case of another patient. met
 metrics, baselines.py what every score stands beside: copying the prompt's label or the input, for
 images a linear filter, and with --wrong_prompt prompts that should be of no use.
 
-Written into --out: scores.jsonl, a line a case as it is scored (a stopped evaluation goes on from
-there), then results.json, cases.csv, and the tables and pictures of report.py.
+Into --out go scores.jsonl, a line a case (a stopped evaluation goes on from there), and results.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def read_pair(case, dataset, slices):
 
 
 def choose_prompts(training, case, rng, slices, count):
-    """Training cases that prompt a case, each of another patient, as many as there are."""
+    """Training cases that prompt a case, each of another patient, at most `count`."""
     shown = [evaluation_prompt(training, case, rng, slices)]
     while len(shown) < count:
         patients = {case.patient, *(s.patient for s in shown)}
@@ -203,7 +202,7 @@ class Evaluation:
             dist.init_process_group("gloo")
         self.checkpoint = Path(args.checkpoint or find_checkpoint())
         device, reason = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.model = unet.load(self.checkpoint, device)
+        self.model = unet.load_any(self.checkpoint, device)
         self.recipe = load_checkpoint(self.checkpoint).get("recipe", {})
         self.store = self.open_store()
         self.out = Path(args.out) if args.out else self.checkpoint.parent / "eval"

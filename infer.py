@@ -33,7 +33,7 @@ from scans.volumes import (DataError, Scaled, check_fit, command_line, extension
                            read_volume, shape_text, slicing, stem, write_json, write_like)
 
 __all__ = ["main", "predict"]
-MAX_CLASSES = 64  # a label of integers with more distinct values is an image
+MOST_VALUES = 64  # a label of integers with more distinct values is an image
 AXES = ("sagittal", "coronal", "axial")
 
 
@@ -68,7 +68,7 @@ def is_segmentation(label, task):
     array = label.array
     if array.dtype.kind == "f" and np.abs(array - np.rint(array)).max() > 1e-3:
         return False
-    return len(np.unique(array)) <= MAX_CLASSES
+    return len(np.unique(array)) <= MOST_VALUES
 
 
 def choose_modality(volume, args):
@@ -117,7 +117,7 @@ class Case:
         files = [*prompts.files, self.path]
         self.output = output_path(args.output, self.source, files, several)
         labels = [e.label for e in prompts.examples]
-        if self.segmentation:
+        if self.segmentation:  # the type holds the classes of every prompt
             labels.sort(key=lambda label: int(label.array.max()), reverse=True)
         self.kind = answer_type(labels[0], labels[0].array.max(), self.segmentation, self.output)
         self.modality = choose_modality(self.source, args)
@@ -176,8 +176,8 @@ class Case:
             lost = ", ".join(map(str, sorted(there - matched)))
             self.say(f"warning: the prompt slices that match the input lack {lost}")
         if self.model.meta.get("coloring") == "predefined":
-            self.say("warning: the model was trained on predefined colors, which mean its own "
-                     "datasets' classes: other classes are asked for in colors far apart")
+            self.say("warning: the model was trained on predefined colors of its own datasets: "
+                     "here all classes are asked for in colors far apart")
 
     def answer(self):
         """(answer in the output's numbers, confidence or None), (K, H, W) each."""
@@ -241,7 +241,7 @@ def make_parser():
     add("--checkpoint", help="what train.py wrote (default: the bundled one, or the newest run's)")
     add("--series", help="which series of a DICOM folder: number or UID (default: the only one)")
     add("--task", default="auto", choices=("auto", "seg", "image"),
-        help=f"auto: a label of integers, at most {MAX_CLASSES} distinct ones, is a segmentation")
+        help=f"auto: a label of integers, at most {MOST_VALUES} distinct ones, is a segmentation")
     add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"),
         help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
     add("--axis", default="auto", choices=("auto", *AXES),

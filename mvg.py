@@ -6,9 +6,10 @@ is shown n prompt pairs (P_x, P_y) and a task image X, and paints the task label
 It paints in two ways, one for each objective (objectives.py has the losses):
 
     paint_canvas    the square [P_x P_y; X Y], patches hidden anywhere, full attention  (Eq. 1)
-    paint_labels    next-image prediction: label i from image i and all earlier pairs   (Eq. 2)
+    paint_labels    next-image prediction: label i > 1 from image i and earlier pairs   (Eq. 2)
 
-The tokens come in two layouts. A third one is a third subclass of `MVG`, named in LAYOUTS.
+The tokens come in two layouts. A third one is a subclass of `MVG` with `paint_canvas`,
+`paint_labels`, `encode` and `answer`, named in LAYOUTS.
 
     Sequence    the paper's text: every image is an element of its own: P_x, P_y, X, Y
     Fused       the default, Painter's and the authors' way: image and label of a pair run side by
@@ -123,7 +124,6 @@ class Config:
 
 class MVG(ViT):
     """What both layouts share: streams, roles, the mask token, the head, and the ways to paint."""
-
     halves = 1  # how many of a pair's two halves a token paints
 
     def __init__(self, config):
@@ -133,8 +133,8 @@ class MVG(ViT):
         self.stream = nn.Parameter(torch.zeros(2, c.width))  # image | label
         self.role = nn.Parameter(torch.zeros(2, c.width))    # prompt | query
         self.mask_token = nn.Parameter(torch.zeros(c.width))
-        whole = c.fuse_at if c.layout == "fused" else 0  # before it, a feature is of half a pair
-        self.taps = [max(whole, (k + 1) * c.depth // 4 - 1) for k in range(4)]  # evenly spaced
+        first = c.fuse_at if c.layout == "fused" else 0  # the first block that sees whole pairs
+        self.taps = [max(first, (k + 1) * c.depth // 4 - 1) for k in range(4)]  # at every quarter
         self.head = ConvHead(c.width, c.patch, c.head_channels, self.halves + c.gate)
         for parameter in (self.position, self.stream, self.role, self.mask_token):
             nn.init.normal_(parameter, std=0.02)
@@ -176,7 +176,7 @@ class MVG(ViT):
         """{block: (B, E, N, D)} -> (B, E, halves, H, W), and one channel more for the gate."""
         maps = [features[i][:, elements] for i in self.taps]
         B, E = maps[0].shape[:2]
-        painted = self.again(self.head, [m.flatten(0, 1) for m in maps], grid.h, grid.w)
+        painted = self.recomputed(self.head, [m.flatten(0, 1) for m in maps], grid.h, grid.w)
         return painted.unflatten(0, (B, E))
 
     # ---- inference
@@ -252,7 +252,7 @@ class Sequence(MVG):
         x = x + self.role[roles, None]                                    # (B, 2S - 1, N, D)
         _, features = self.run(x, causal(range(2 * S - 1)), range(self.config.depth), grid)
         painted = self.paint(features, grid, slice(2, None, 2))           # (B, S - 1, 1, H, W)
-        return painted + 0 * self.mask_token.sum()  # unused here, yet never without a gradient
+        return painted + 0 * self.mask_token.sum()  # DDP waits for its gradient
 
     def encode(self, images, labels, grid):
         x, memory = interleave(images, labels) + self.role[PROMPT], []
@@ -268,12 +268,11 @@ class Sequence(MVG):
 
 class Fused(MVG):
     """A pair is an element: two streams for `fuse_at` blocks, then their mean."""
-
     halves = 2
 
     def __init__(self, config):
         super().__init__(config)
-        self.apart, self.fused = range(config.fuse_at), range(config.fuse_at, config.depth)
+        self.two_streams, self.fused = range(config.fuse_at), range(config.fuse_at, config.depth)
 
     def finish(self, features, grid, elements, pixels, visible=1.0):
         """Both halves of some pairs, (B, E, 2, H, W), from features.
@@ -299,7 +298,7 @@ class Fused(MVG):
         x = self.hide(self.patchify(pixels), hidden)  # (B, 4, N, D)
         x = torch.cat([self.place(x[:, 0::2], IMAGE, grid),
                        self.place(x[:, 1::2], LABEL, grid)], 1)  # P_x, X, P_y, Y
-        x, _ = self.run(x, together((0, 1)) + together((2, 3)), self.apart, grid)
+        x, _ = self.run(x, together((0, 1)) + together((2, 3)), self.two_streams, grid)
         x = (x[:, :2] + x[:, 2:]) / 2 + self.role[:, None]  # (B, 2, N, D): prompt, query
         _, features = self.run(x, together((0, 1)), self.fused, grid)
         visible = 1 - to_pixels(hidden[:, 0::2], pixels.shape[-2:])
@@ -322,13 +321,13 @@ class Fused(MVG):
         blank = range(2 * n + 1, 3 * n + 1)
         plan = causal(image) + causal(label)
         plan += [((b,), [*label[:i + 1], b]) for i, b in enumerate(blank)]
-        x, _ = self.run(x, plan, self.apart, grid)
+        x, _ = self.run(x, plan, self.two_streams, grid)
         context = (x[:, :n] + x[:, n + 1:2 * n + 1]) / 2 + self.role[PROMPT]  # z_1 .. z_n
         query = (x[:, 1:n + 1] + x[:, 2 * n + 1:]) / 2 + self.role[QUERY]     # q_2 .. q_(n+1)
         z, q = range(n), range(n, 2 * n)
         plan = causal(z) + [((e,), [*z[:i + 1], e]) for i, e in enumerate(q)]
         _, features = self.run(torch.cat([context, query], 1), plan, self.fused, grid)
-        return self.finish(features, grid, slice(n, None), pixels)[:, :, LABEL:]
+        return self.finish(features, grid, slice(n, None), pixels)[:, :, 1:]  # the label halves
 
     def blank(self, like, count, grid):
         """Labels of which every patch is hidden, (B, count, N, D)."""
@@ -336,22 +335,24 @@ class Fused(MVG):
         return self.place(self.mask_token.expand(B, count, N, D), LABEL, grid)
 
     def encode(self, images, labels, grid):
-        n, memory, fused = images.shape[1], [], []
+        """Keys and values of the prompts (B, n, N, D), by block, and the task's hidden label."""
+        n, memory, fused_memory = images.shape[1], [], []
         # The task's hidden label sees the prompts' labels and itself: the same for every image.
         x = torch.cat([images, labels, self.blank(images, 1, grid)], 1)  # (B, 2n + 1, N, D)
         plan = causal(range(n)) + causal(range(n, 2 * n + 1))
-        x, _ = self.run(x, plan, self.apart, grid, memory=memory)
+        x, _ = self.run(x, plan, self.two_streams, grid, memory=memory)
         memory = [(keys[:n], values[:n]) for keys, values in memory]  # of the images
         context = (x[:, :n] + x[:, n:2 * n]) / 2 + self.role[PROMPT]
-        self.run(context, causal(range(n)), self.fused, grid, memory=fused)
-        return {"memory": memory, "fused": fused, "blank": x[:, 2 * n:]}
+        self.run(context, causal(range(n)), self.fused, grid, memory=fused_memory)
+        return {"memory": memory, "fused": fused_memory, "blank": x[:, 2 * n:]}
 
     def answer(self, cache, tokens, pixels):
-        grid, seen = cache["grid"], [((0,), range(cache["prompts"] + 1))]
-        x, _ = self.run(tokens, seen, self.apart, grid, past=cache["memory"])
+        """The label of an image's tokens (B, 1, N, D): (B, 1, 1, H, W)."""
+        grid, plan = cache["grid"], [((0,), range(cache["prompts"] + 1))]
+        x, _ = self.run(tokens, plan, self.two_streams, grid, past=cache["memory"])
         x = (x + cache["blank"]) / 2 + self.role[QUERY]
-        _, features = self.run(x, seen, self.fused, grid, past=cache["fused"])
-        return self.finish(features, grid, slice(None), pixels)[:, :, LABEL:]
+        _, features = self.run(x, plan, self.fused, grid, past=cache["fused"])
+        return self.finish(features, grid, slice(None), pixels)[:, :, 1:]  # the label halves
 
 
 LAYOUTS = {"fused": Fused, "sequence": Sequence}

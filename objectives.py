@@ -1,13 +1,13 @@
-"""Section 4.1: the two objectives, their losses, and the switch between them.
+"""Sections 3.3 and 4.1: the two objectives, their losses, and the switch between them.
 
     mim    masked image modeling (Eq. 1): hidden patches of the canvas [P_x P_y; X Y]
-    ar     next-image prediction (Eq. 2): every label after the first
+    ar     next-image prediction (Eq. 2), without its first factor, a label that has no context
 
 Segmentation is always trained with ar. The other tasks are trained with mim nine times of ten, and
 with ar the tenth time. Half of all samples are segmentation.
 
-A loss is a function (model, batch, labels, recipe) -> the loss of every sample (B,); LOSSES names
-them. Every sample is normalised by its own weights, so that two ranks equal one process.
+The loss of a pixel is a branch of `pixel_loss`. An objective is a function (model, batch, labels,
+recipe) -> the loss of every sample (B,), each normalised by itself: two ranks equal one process.
 """
 
 import numpy as np
@@ -72,8 +72,8 @@ def pixel_weights(batch, labels, recipe):
     """How much every pixel of the images and of the labels counts, 2 x (B, S, 1, H, W).
 
     1, but `background_weight` on the background of colored masks (authors), and 0 where a label
-    has no truth. With `balance` (ours) what an image task leaves as it is, to within 0.1, counts
-    as background, too, in the label and in the image.
+    has no truth. With `balance` (ours) pixels of an image task where label and image differ by
+    less than 0.1 count as background in both.
     """
     masks = batch.colored.view(-1, 1, 1, 1, 1)
     background = (labels == 0) & masks
@@ -88,13 +88,12 @@ def pixel_weights(batch, labels, recipe):
 def mean_error(painted, target, weight, recipe):
     """The weighted mean loss of every sample: 3 x (B, E, 1, H, W) -> (B,)."""
     error = pixel_loss(painted.float(), target.float(), recipe) * weight
-    total = weight.sum((2, 3, 4)).sum(1)
-    return error.sum((2, 3, 4)).sum(1) / total.clamp(min=1e-6)
+    return error.sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4)).clamp(min=1e-6)
 
 
 def balanced(sample, batch, labels, recipe):
-    """With `balance` (ours) a mask of little foreground counts as if it filled a tenth of the
-    image, at most ten times as much; otherwise a small organ teaches little. (B,) -> (B,)"""
+    """With `balance` (ours) masks of little foreground count as if they filled a tenth of their
+    images, at most ten times as much; otherwise a small organ teaches little. (B,) -> (B,)"""
     if not recipe.balance:
         return sample
     filled = (labels != 0).flatten(1).float().mean(1)

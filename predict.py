@@ -92,7 +92,8 @@ def segment(model, pairs, classes, images, options):
     stack (B, H, W) in [0, 1]. All at once, under `votes` colorings.
     """
     side, rng, total = model.config.image_size, np.random.default_rng(options.seed), 0
-    numbers = [np.searchsorted([0, *classes], label) for _, label in pairs]  # 0, 1, ... C
+    numbers = [np.searchsorted([0, *classes], np.where(np.isin(label, classes), label, 0))
+               for _, label in pairs]  # 0, 1, ... C
     prompt_images = to_side([image for image, _ in pairs], side, resize_images)
     numbers = to_side(numbers, side, resize_labels)
     x = to_side(images, side, resize_images)
@@ -150,7 +151,7 @@ def class_scores(model, pairs, classes, images, options):
         for b, image in enumerate(images):
             for n, value in enumerate(classes):
                 gray[b, n] = look_again(ask, pairs, image, gray[b, n], value, options.candidates)
-    scores = torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)  # seen from a gray of 0.5 on
+    scores = torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)  # a class wins above 0.5
     return scores / scores.sum(1, keepdim=True)
 
 
@@ -266,8 +267,8 @@ def predict(model_or_path, prompts, image, device=None, confidence=None, **optio
                     [0, 1] mean an image. Sizes may differ.
     image           (H, W) or (K, H, W) in [0, 1]
     device          for a path, see `running.checkpoints.pick_device`
-    confidence      an array of the image's shape, filled with the winning class's score
-    options         fields of `Options`: mode, votes, each, looks, seed, dataset
+    confidence      an array of the image's shape, filled with the winning class's score (masks)
+    options         fields of `Options`: mode, votes, each, looks, seed, dataset, classes
     Returns an array of the image's shape: the labels' integer type, or float32 in [0, 1].
     Raises ValueError for arrays of another form.
     """

@@ -1,6 +1,7 @@
-"""The recipe: all that changes what is learned, as one dataclass, and train.py's command line.
+"""The recipe: what changes what is learned, as one dataclass, and train.py's command line.
 
-Every field says in its comment where it comes from: the paper, the authors' released code, or us.
+A comment says where a default comes from: the paper, the authors' released code, or us. The length
+of a run (--epochs, --steps) is no part of the recipe, so that a run can be made longer.
 These comments are the help of `python train.py --help`. A resumed run has the recipe of its
 checkpoint and refuses another one; a fine-tuned one starts from it.
 
@@ -24,11 +25,11 @@ from scans.volumes import DataError
 
 @dataclass
 class Recipe:
-    """All that changes what is learned; saved in every checkpoint. The comments are the help."""
+    """What changes what is learned; saved in every checkpoint. The comments are the help."""
     # The model
     model: str = "large"               # authors: large; a size of mvg.py, or unet: a specialist
     image_size: int | None = None      # paper: 448, the crop in pixels; demo has 96, pocket 128
-    layout: str = "fused"              # authors: fused; sequence: the paper's text; paper: a preset
+    layout: str = "fused"              # authors; also sequence (paper's text), paper (preset)
     positions: str = "rope"            # ours, beside learned ones; learned: the paper's plain ViT
     qk_norm: bool = True               # ours: queries and keys are normalised
     gate: bool = False                 # ours: a label's pixel may be copied from its image
@@ -54,18 +55,18 @@ class Recipe:
     brats_pairs: tuple = ()            # authors: t1c:t2w t2w:t1c; what BraTS-GLI translates
     data_fraction: float = 1.0         # paper, Figure 7: share of every dataset's training cases
     cases: int | None = None           # at most so many training cases of every dataset
-    validate_cases: int = 0            # paper: 0; patients of every dataset kept to be scored
+    validate_cases: int = 0            # ours: patients of every dataset kept to be scored
     dataset_weights: str = "equal"     # ours: equal or size; how datasets share their group
     synthetic_share: float | None = None  # paper: none; share of procedural tasks (synthetic.py)
     strict: bool = False               # do not start where a case cannot be used
     # The optimisation
     optimizer: str = "adamw"           # paper; muon: on the blocks' matrices (ours)
     batch_size: int = 16               # authors: 16 samples on each of 8 GPUs
-    accumulate: int = 1                # paper: 1; batches of a process in a step
+    accumulate: int = 1                # ours: batches of a process in a step
     lr: float = 1e-3                   # paper: peak learning rate
     layer_decay: float | None = None   # authors: 0.8 a block with --init, else 1
     warmup: float = 0.05               # paper: 5 of 100 epochs
-    weight_decay: float = 0.05         # paper: on matrices
+    weight_decay: float = 0.05         # paper: 0.05; on matrices alone (ours)
     clip: float = 1.0                  # ours: largest norm of the gradient
     bf16: bool | None = None           # ours: bfloat16 autocast; default: with CUDA
     seed: int = 0                      # of the weights and of every draw
@@ -115,7 +116,7 @@ RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment close_
 FLAGS = ("datasets model image_size layout init objective coloring mask_ratio num_prompts "
          "seg_share mim_share data_fraction cases augment synthetic_share batch_size accumulate "
          "lr optimizer seed validate_cases").split()
-# Fields that --finetune takes from the model, and those that it takes unless told otherwise.
+# --finetune takes the first from its model, and the second unless something else is asked for.
 OF_THE_MODEL = "model image_size layout positions qk_norm gate drop_path init".split()
 OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss beta "
                  "background_weight balance boxes close_up augment optimizer").split()
@@ -175,7 +176,7 @@ def parse(argv=None):
             raise DataError(f"--set {word}: write NAME=VALUE")
         changes[name] = value
     changes = {name: converted(name, value) for name, value in changes.items()}
-    if changes.get("layout") == "paper":  # a preset: what the text says, nothing of the authors
+    if changes.get("layout") == "paper":  # a preset of the layout alone
         changes = {"positions": "learned", "qk_norm": False, **changes, "layout": "sequence"}
     if args.resume is not None:
         path = args.resume or str(Path(args.out or RUN["out"]) / "last.pt")
@@ -234,7 +235,7 @@ def finetuned_recipe(path, changes):
     for name in OF_THE_MODEL:
         if name in changes:
             raise DataError(f"--finetune takes the model of {path} as it is: drop --{name}")
-    kept = OF_THE_MODEL[:-1] + OF_THE_METHOD
+    kept = [name for name in OF_THE_MODEL + OF_THE_METHOD if name != "init"]
     before = {k: v for k, v in saved.get("recipe", {}).items() if k in kept}
     prompts = f"1-{saved['config'].get('max_prompts', 1)}"
     return Recipe(**{**before, "lr": 3e-4, "num_prompts": prompts, **changes})

@@ -4,10 +4,9 @@
     python train.py --data_root DIR --model demo --steps 500        minutes on a laptop
     python train.py --data_root DIR --layout paper --set loss=l1    another recipe (recipe.py)
 
-The first run reads every case once into the prepared store; later runs start at once, and
-`--store` alone trains without the data root. The run folder (--out) holds config.json, log.jsonl,
-last.pt, samples.png and loss.png, and best.pt with --validate_cases. `--resume` goes on where
-last.pt stopped, bit for bit on a CPU. `--dry_run` says what a run will cost.
+The first run reads every case once into the prepared store; later ones need only `--store`. The
+run folder (--out) is that of running/folder.py. `--resume` goes on where its last.pt stopped, bit
+for bit on a CPU. `--dry_run` says what a run will cost.
 """
 
 import math
@@ -64,7 +63,7 @@ def make_optimizers(model, recipe):
 
 
 def learning_rate(step, steps, recipe):
-    """Linear warm-up, then a cosine to 0 (paper). step counts from 0."""
+    """Linear warm-up, then a cosine (paper) to 0. step counts from 0."""
     warmup = max(1, round(recipe.warmup * steps))
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
@@ -77,7 +76,7 @@ def update(optimizers, broken):
     Nothing waits for the device.
     """
     for optimizer in optimizers:
-        optimizer.found_inf, optimizer.grad_scale = broken.float(), None
+        optimizer.found_inf, optimizer.grad_scale = broken.float(), None  # 1: the step is skipped
         optimizer.step()
         optimizer.zero_grad()
 
@@ -117,7 +116,7 @@ def make_model(args, recipe, store):
     start = args.resume or args.finetune
     if start or recipe.model == "unet":
         from lab import unet
-        model = unet.load(start) if start else unet.build_for(store, recipe)
+        model = unet.load_any(start) if start else unet.build_for(store, recipe)
         if isinstance(model, unet.UNet):
             unet.check(recipe)
             return model, {"ar": unet.loss}
@@ -175,7 +174,7 @@ def main(argv=None):
         run = Run(args, recipe, samples, ranks, model)
     run.start(optimizers)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # it cannot split what is computed again
+        torch._dynamo.config.optimize_ddp = False  # DDP cannot split recomputed blocks
         model.compile()
     train(run, losses, optimizers, bf16)
     return run.end()

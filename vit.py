@@ -21,14 +21,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25  # ours; one channel, so no statistics of ImageNet
-ROPE_BASE = 100.0  # ours; the slowest rotation turns by a quarter over a side of 28 tokens
+ROPE_BASE = 100.0  # ours; over a side of 28 tokens the slowest rotation turns by about 0.4 radians
 
 
 # -------------------------------------------------------------------------------------------------
 # Rotary positions
 
 def rope_angles(h, w, head_dim, trained_side, device):
-    """Axial rotary angles of h x w tokens, (N, head_dim / 2): half turn with y, half with x.
+    """Axial rotary angles of h x w tokens, (N, head_dim / 2): one half for y, one for x.
 
     An image of another size is stretched onto the trained side of `trained_side` tokens.
     """
@@ -63,7 +63,7 @@ def attend(q, k, v):
     """Softmax attention: (B, heads, N, dh) asks (B, heads, M, dh) -> (B, heads, N, dh).
 
     On a CPU with bfloat16 the two products are written out: torch's kernel is several times
-    slower backwards there.
+    slower there in the backward pass.
     """
     if q.device.type == "cpu" and v.dtype == torch.bfloat16:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
@@ -166,7 +166,7 @@ class ViT(nn.Module):
         self.config = c
         self.side = c.image_size // c.patch  # tokens along a side of a training image
         self.taps = range(c.depth)  # the blocks whose features a head reads
-        self.recompute = False  # activation checkpointing: compute again backwards, keep nothing
+        self.recompute = False  # activation checkpointing: compute again, keep nothing
         self.embed = nn.Conv2d(1, c.width, c.patch, c.patch)
         self.position = nn.Parameter(torch.zeros(1, c.width, self.side, self.side))
         self.blocks = nn.ModuleList(
@@ -202,8 +202,8 @@ class ViT(nn.Module):
             position = F.interpolate(position, size=size, mode="bicubic", align_corners=False)
         return position.flatten(2).transpose(1, 2)[0]
 
-    def again(self, module, *inputs):
-        """module(*inputs); with `recompute` it is computed a second time backwards."""
+    def recomputed(self, module, *inputs):
+        """module(*inputs); with `recompute` once more in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
@@ -219,7 +219,7 @@ class ViT(nn.Module):
         for n, i in enumerate(blocks):
             keep = None if grid.keep is None else grid.keep[:, i]
             seen = None if past is None else past[n]
-            x, own = self.again(self.blocks[i], x, plan, grid.angles, seen, keep)
+            x, own = self.recomputed(self.blocks[i], x, plan, grid.angles, seen, keep)
             if i in self.taps:
                 features[i] = x
             if memory is not None:

@@ -60,7 +60,7 @@ def main(argv=None):
     p.add_argument("--out", required=True, metavar="PNG", help="the picture")
     args = p.parse_args(argv)
     store = Store(args.store)
-    models = {"before": unet.load(args.before), "after": unet.load(args.after)}
+    models = {"before": unet.load_any(args.before), "after": unet.load_any(args.after)}
     rows = [row_of(models, store, name) for name in store.datasets if store.split(name, "test")]
     for _, line in rows:
         print(line)

@@ -181,7 +181,7 @@ def check(recipe):
                         "leave --augment, close_up, balance and boxes out")
 
 
-def load(path, device="cpu"):
+def load_any(path, device="cpu"):
     """Whichever model a checkpoint holds, MVG or UNet, in evaluation mode, float32.
 
     Raises what `load_checkpoint` raises, and ValueError where the file does not fit this code.

@@ -5,7 +5,7 @@
 # Not run: hours and score are not known. The paper's own mean mIoU is 0.794 on its nine sets.
 # Counted: 4.0 TFLOP a sample and 40 GB a GPU; 5.4 TFLOP and 12 GB where activations are computed
 # again, as on the paper's 24 GB. Samples an epoch are the training slices of what is in DATA.
-# The size is the authors', ViT-L. The paper's text to the letter is --layout paper; the authors
+# The size is the authors', ViT-L. The layout of the paper's text is --layout paper; the authors
 # start from a MAE: --init mae_pretrain_vit_large.pth. Ask first what it costs: --dry_run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

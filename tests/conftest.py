@@ -20,6 +20,13 @@ from scans.datasets import DATASETS, find
 from scans.store import Store, prepare
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of all sixteen stand-ins go to one process, so that these are drawn once."""
+    for item in items:
+        if "sixteen" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("sixteen"))
+
+
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
     """A data root with stand-ins of five datasets: MRI, ultrasound pictures, image-to-image."""

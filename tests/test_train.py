@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import data
-import eval as evaluation
+
 import mvg
 import running.ranks
 import train
@@ -27,6 +27,7 @@ from common import context, make_batch, pairs
 from conftest import FIVE, REAL, ROOT
 from objectives import LOSSES
 from recipe import Recipe, parse
+from running import folder
 from running.checkpoints import load_checkpoint
 from running.muon import Muon, orthogonal
 from scans.datasets import find
@@ -543,7 +544,7 @@ def test_a_vits_weights_come_in_and_lower_blocks_learn_less(store, tmp_path):
 
 def test_validation_scores_held_out_cases_and_keeps_the_best(store, tmp_path, monkeypatch):
     scores = iter([0.2, 0.5, 0.3])
-    monkeypatch.setattr(evaluation, "validate", lambda *a: {"acdc": next(scores)})
+    monkeypatch.setattr(folder, "validate", lambda *a: {"acdc": next(scores)})
     run(store, tmp_path / "r", "--steps", "6", "--save_every", "2", "--validate_cases", "1")
     monkeypatch.undo()
     best, last = (load_checkpoint(tmp_path / "r" / f"{n}.pt") for n in ("best", "last"))
@@ -557,10 +558,10 @@ def test_validation_scores_held_out_cases_and_keeps_the_best(store, tmp_path, mo
                     "--validate_cases", "0"])
     samples = context(store, 32, validate_cases=1)
     model = mvg.load(tmp_path / "r" / "last.pt")
-    real = evaluation.validate(model, samples, 0, 1)
+    real = folder.validate(model, samples, 0, 1)
     assert set(real) == {n for n, held in samples.held.items() if held}
     assert all(0 <= v <= 1 for v in real.values())
-    assert real == evaluation.validate(model, samples, 0, 1)
+    assert real == folder.validate(model, samples, 0, 1)
 
 
 def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(store, tmp_path, capsys):

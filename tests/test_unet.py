@@ -172,13 +172,13 @@ def test_a_checkpoint_gives_the_model_that_it_holds(tmp_path, checkpoint):
     model = specialist(2)
     model.meta = {"datasets": ["la"]}
     mvg.save(tmp_path / "u.pt", model)
-    loaded, image = unet.load(tmp_path / "u.pt"), torch.rand(1, 1, 32, 32)
+    loaded, image = unet.load_any(tmp_path / "u.pt"), torch.rand(1, 1, 32, 32)
     assert isinstance(loaded, unet.UNet) and loaded.meta == model.meta and not loaded.training
     assert loaded.config == model.config and torch.equal(loaded(image), model(image))
-    assert isinstance(unet.load(checkpoint), mvg.MVG)
+    assert isinstance(unet.load_any(checkpoint), mvg.MVG)
     saved = torch.load(tmp_path / "u.pt")
     torch.save({**saved, "config": {**saved["config"], "levels": 3}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt does not fit this code"):
-        unet.load(tmp_path / "other.pt")
+        unet.load_any(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        unet.load(tmp_path / "nothing.pt")
+        unet.load_any(tmp_path / "nothing.pt")
