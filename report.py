@@ -343,9 +343,10 @@ def draw_examples(out, results, answer, datasets):
         if not ranked:
             continue
         chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+        cases = {case for case, _ in chosen.values()}  # with few cases one is worst and best
+        panels = {case: middle_slices(answer(name, case)) for case in cases}
         for what, (case, value) in chosen.items():
-            panels = middle_slices(answer(name, case))
-            rows.append((f"{what}: {case}\n{value:.2f}", datasets[name], panels))
+            rows.append((f"{what}: {case}\n{value:.2f}", datasets[name], panels[case]))
         (out / "examples").mkdir(exist_ok=True)
         draw_rows(out / "examples" / f"{name}.png", rows)
         medians.append((name, *rows[1][1:]))
@@ -410,6 +411,7 @@ def draw_overlay(path, stack, answer, segmentation, columns=5):
 
 def draw_datasets(path, found, columns=4):
     """A slice of every dataset found beside its label, colored at random as in training."""
+    columns = max(1, min(columns, len(found)))
     rows = -(-len(found) // columns)
     figure, axes = pyplot().subplots(rows, 2 * columns, squeeze=False,
                                      figsize=(2 * columns * 1.5, rows * 1.75))
