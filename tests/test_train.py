@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 import data
-
 import mvg
 import running.ranks
 import train
 from coloring import color, decode, make_palette
 from common import context, make_batch, pairs
 from conftest import FIVE, REAL, ROOT
+from fakes import failure
 from objectives import LOSSES
 from recipe import Recipe, parse
 from running import folder
@@ -32,7 +32,7 @@ from running.checkpoints import load_checkpoint
 from running.muon import Muon, orthogonal
 from scans.datasets import find
 from scans.store import Store, is_alive, prepare_case
-from scans.volumes import DataError, command_line, resize_images, resize_labels
+from scans.volumes import DataError, resize_images, resize_labels
 
 SMALL = ["--model", "demo", "--image_size", "32", "--batch_size", "2", "--log_every", "2"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -277,15 +277,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(store, tmp_path, mon
     monkeypatch.setattr(train, "learning_rate", rate)
     assert equal(whole, train.main(["--resume", str(tmp_path / "b" / "last.pt")]))
     assert [l["step"] for l in read_log(tmp_path / "b")] == [2, 4, 6]
-
-
-def failure(capsys, main, *argv):
-    """Run a program as its command line does; the one line it says, and its exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        command_line(lambda: main([str(a) for a in argv]))
-    said = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and said.startswith("error: ") and "\n" not in said, said
-    return said
 
 
 def test_what_a_loader_process_cannot_read_is_named(store, tmp_path, capsys):
