@@ -376,7 +376,7 @@ SIZES = {
 }
 
 
-def build(size, image_size=None, **config):
+def build(size, image_size=None, layout="fused", **config):
     """A model with fresh weights.
 
     size: a name of SIZES; image_size: side in pixels (default: 448, demo 96, pocket 128); config:
@@ -384,7 +384,7 @@ def build(size, image_size=None, **config):
     """
     if size not in SIZES:
         raise ValueError(f"model size {size!r} is unknown: choose one of {', '.join(SIZES)}")
-    settings = {**SIZES[size], **config}
+    settings = {**SIZES[size], "layout": layout, **config}
     if image_size is not None:
         settings["image_size"] = image_size
     names = [f.name for f in fields(Config)]
