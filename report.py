@@ -343,7 +343,7 @@ def draw_examples(out, results, answer, datasets):
         if not ranked:
             continue
         chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-        cases = {case for case, _ in chosen.values()}  # with few cases one is worst and best
+        cases = dict.fromkeys(case for case, _ in chosen.values())  # one may be worst and best
         panels = {case: middle_slices(answer(name, case)) for case in cases}
         for what, (case, value) in chosen.items():
             rows.append((f"{what}: {case}\n{value:.2f}", datasets[name], panels[case]))

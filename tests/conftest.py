@@ -20,6 +20,7 @@ from scans.datasets import DATASETS, find
 from scans.store import Store, prepare
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Tests of all sixteen stand-ins go to one process, so that these are drawn once."""
     for item in items:
