@@ -29,7 +29,7 @@ test-slow: .venv/done
 # The bundled checkpoint on invented subjects that it never saw: one prompt by the command line,
 # then four kinds of task before and after some fine-tuning, as one picture: runs/demo/demo.png.
 DEMO_DATASETS = acdc ldct brats_local Dataset802_MsT1ToFlair
-DEMO_STEPS ?= 120
+DEMO_STEPS ?= 80
 DEMO_SCAN = demo/data/ACDC/database/testing
 
 demo: .venv/done
