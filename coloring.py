@@ -7,8 +7,8 @@ A *palette* gives every class of one sample its gray value. The background, clas
     predefined  one fixed color for every class of every dataset, no two alike
     binary      one class, drawn at random, is white; the others count as background
 
-data.py draws a sample's palette and train.py lays it on the labels, both with this file.
-A new coloring is a new branch of `make_palette`, and of `choose_colors` in predict.py. At
+batches.py draws the palettes of a batch and train.py lays them on the labels, both with this file.
+A new coloring is a new branch of `draw_palettes`, and of `choose_colors` in predict.py. At
 inference `decode` reads a painted image.
 """
 
@@ -17,18 +17,6 @@ import torch
 
 COLORINGS = ("random", "predefined", "binary")
 MAX_CLASSES = 256  # size of a palette; the store keeps labels of 8 bits
-
-
-def color_gap(n):
-    """The least distance of n random colors from each other and from 0 (ours)."""
-    return min(0.2, 0.7 / max(n, 1))
-
-
-def random_colors(n, rng):
-    """n gray values in (0, 1], at least `color_gap(n)` apart and from 0, in random order."""
-    gap = color_gap(n)
-    room = np.sort(rng.random(n)) * (1 - n * gap)
-    return rng.permutation(room + gap * np.arange(1, n + 1))
 
 
 def spread_colors(n):
@@ -50,28 +38,44 @@ def predefined_offsets(datasets):
     return offsets, total
 
 
-def make_palette(classes, coloring, rng, name=None, predefined=None):
-    """The gray value of every class, (256,) float32: 0 for background and classes not listed.
+def draw_palettes(asked, keys, coloring, wanted=None, joined=None, offset=None):
+    """The gray value of every class, (B, 256): 0 for background and classes not asked for.
 
-    classes     those above 0 that the prompt shows; what it does not show cannot be asked for
+    asked       (B, 256) bool: the classes that the prompts show; what they do not show cannot be
+                asked for
+    keys        (B, 256) and (B, 257): random numbers of `draw_keys`
     coloring    random | predefined | binary
-    rng         numpy generator, for random and binary
-    name, predefined    the dataset's name and `predefined_offsets`, for predefined
-    Raises ValueError for another coloring.
+    wanted      (B,): only so many of them, the first ones (task augmentation)
+    joined      (B,): so many after the first share its gray (task augmentation)
+    offset      (B, 2), for predefined: the dataset's offset and the number of all classes
+    n random colors are at least min(0.2, 0.7 / n) apart and from 0 (ours). Raises ValueError for
+    another coloring.
     """
-    palette, classes = np.zeros(MAX_CLASSES, np.float32), np.asarray(classes, int)
     if coloring not in COLORINGS:
         raise ValueError(f"coloring is {coloring!r}: choose one of {', '.join(COLORINGS)}")
-    if len(classes) == 0:
-        return palette
-    if coloring == "random":
-        palette[classes] = random_colors(len(classes), rng)
-    elif coloring == "predefined":
-        offsets, total = predefined
-        palette[classes] = (offsets[name] + classes) / total
-    else:
-        palette[rng.choice(classes)] = 1.0
-    return palette
+    order, sums = keys
+    rank = order.masked_fill(~asked, 9.0).argsort(1).argsort(1)  # those asked for come first
+    if wanted is not None:
+        asked = asked & (rank < wanted[:, None])
+    if joined is not None:
+        rank = (rank - joined[:, None]).clamp(min=0)
+    if coloring == "binary":
+        return (asked & (rank == 0)).float()
+    number = torch.arange(1, MAX_CLASSES + 1, device=asked.device)
+    if coloring == "predefined":
+        return (offset[:, :1] + number - 1) / offset[:, 1:] * asked
+    n = asked.sum(1, keepdim=True)
+    gap = (0.7 / n).clamp(max=0.2)
+    room = sums[:, :-1] / sums.gather(1, n) * (1 - n * gap)  # n uniform numbers, in order
+    return torch.addcmul(room, gap, number).gather(1, rank) * asked
+
+
+def draw_keys(rng):
+    """The random numbers for a palette: the order of the classes (256,), the least comes first,
+    and running sums of exponential numbers (257,). Of these the first n over number n + 1 are n
+    uniform numbers in order, whatever n is."""
+    order, steps = rng.random(MAX_CLASSES), rng.exponential(size=MAX_CLASSES + 1)
+    return np.float32(order), np.float32(steps.cumsum())
 
 
 def color(labels, palette, colored):

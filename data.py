@@ -1,55 +1,27 @@
-"""One training sample: which task, which slices, which crop, which colors, which hidden patches.
+"""One training sample: which task, which slices, which view of them, which hidden patches.
 
-All that is random comes from one generator, keyed by (seed, step, number of the sample): a run can
-be resumed, and split over any number of processes.
+A sample's numbers come from one generator, keyed by (seed, step, number of the sample): a run can
+be resumed, and split over any number of processes. batches.py makes the pixels of a whole batch.
 
     python data.py --data_root DIR      what is found there, and what is wrong with it (the doctor)
 """
 
-from dataclasses import dataclass, fields
 from heapq import nsmallest
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
-from coloring import make_palette, predefined_offsets
+from batches import ALL, Slices, draw_crop, draw_look, draw_moves, draw_rest, make_batch
+from coloring import predefined_offsets
 from lab import synthetic
 from objectives import draw_hidden, switch
 from scans import boxes, doctor
 from scans.datasets import DATASETS, SYNTHETIC
-from scans.volumes import DataError, command_line, resize_images, resize_labels
+from scans.volumes import DataError, command_line
 from second_look import close_ups
-from windows import crop_windows
+from windows import draw_windows
 
 SYNTHETIC_EPOCH = 10_000  # samples that count as an epoch of the procedural tasks (ours)
-
-
-@dataclass
-class Batch:
-    """Training samples of one objective, S pairs each, the task pair last."""
-    images: torch.Tensor    # (B, S, 1, H, W) float32 in [0, 1]
-    labels: torch.Tensor    # (B, S, 1, H, W) float32: classes where colored, else [0, 1]
-    valid: torch.Tensor     # (B, S, 1, H, W) uint8: 0 where a label has no truth
-    palette: torch.Tensor   # (B, 256) float32
-    colored: torch.Tensor   # (B,) bool
-    drop: torch.Tensor      # (B, depth, 2) uniform numbers for drop path
-    drawn: torch.Tensor     # (B, 3) numbers of dataset, case and slice, for the log
-    hidden: torch.Tensor | None = None  # (B, 4, N) bool, for mim
-
-    @classmethod
-    def collate(cls, samples):
-        return cls(**default_collate(samples))
-
-    def change(self, function):
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v if v is None else function(v) for k, v in values.items()})
-
-    def to(self, device):
-        return self.change(lambda v: v.to(device, non_blocking=True))
-
-    def pin_memory(self):
-        return self.change(lambda v: v.pin_memory())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -61,15 +33,19 @@ class ContextSamples(Dataset):
     store       a `scans.store.Store`, or None for the procedural tasks alone
     recipe      the `Recipe` of train.py
     config      the model's: image_size, patch, depth
+    pool        a `lab.synthetic.Pool` for the procedural tasks; drawn here where there is none
     Of every dataset's training cases those of the last `validate_cases` patients, at most a fifth,
     are kept in `held`. Of the rest `data_fraction`, or at most `recipe.cases`, are drawn from: the
     same ones whatever the seed. Raises DataError where nothing can be drawn or read.
     """
 
-    def __init__(self, store, recipe, config):
+    def __init__(self, store, recipe, config, pool=None):
         self.store, self.recipe, self.seed = store, recipe, recipe.seed
         self.image_size, self.patch, self.depth = config.image_size, config.patch, config.depth
         self.datasets = store.datasets if store else {}
+        self.pool = pool
+        if recipe.synthetic and pool is None:
+            self.pool = synthetic.draw_pool(recipe.pool, self.image_size)
         self.cases, self.slices, self.held, self.excluded = {}, {}, {}, []
         for name in self.datasets:
             self.choose_cases(name)
@@ -149,31 +125,32 @@ class ContextSamples(Dataset):
         objective, prompts, name, colored, rng = self.draw(step, i)
         if name == SYNTHETIC:
             case, k = step, i
-            images, labels = synthetic.task(rng, prompts + 1, self.image_size, colored)
-            images, labels = images[:, None], labels[:, None]  # (S, 1, H, W)
-            valid = torch.ones(images.shape, dtype=torch.uint8)
+            sample = synthetic.draw_sample(self.pool, prompts + 1, colored, rng)
         else:
             case, k = (int(v) for v in self.slices[name][rng.integers(len(self.slices[name]))])
             chosen = [self.draw_prompt(name, case, k, rng) for _ in range(prompts)]
             chosen.append((self.cases[name][case], k))
             try:
-                images, labels, valid = self.read(name, chosen, colored, rng)
+                sample = self.read(name, chosen, colored, rng)
             except Exception as error:  # whatever a damaged store brings about
                 cases = ", ".join(f"{c.name} slice {s}" for c, s in chosen)
                 raise DataError(f"sample {i} of step {step} cannot be read, {name} {cases}: "
                                 f"{type(error).__name__}: {error}") from error
-        shown = np.unique(labels[:-1].numpy()).astype(int) if colored else []
-        classes = [c for c in shown if c]  # what the prompts do not show is background
-        palette = make_palette(classes, self.recipe.coloring, rng, name, self.predefined)
-        sample = {"images": images, "labels": labels, "valid": valid,
-                  "palette": torch.from_numpy(palette), "colored": torch.tensor(colored),
-                  "drop": torch.from_numpy(rng.random((self.depth, 2), dtype=np.float32)),
-                  "drawn": torch.tensor([self.names.index(name), case, k])}
+        offsets, total = self.predefined
+        sample = {**draw_rest(rng, prompts + 1, self.image_size, colored), **sample,
+                  "offset": np.float32([offsets.get(name, 0), total]),
+                  "drop": rng.random((self.depth, 2), dtype=np.float32),
+                  "drawn": np.array([self.names.index(name), case, k])}
         if objective == "mim":
             tokens = (self.image_size // self.patch) ** 2
-            hidden = draw_hidden(rng, tokens, self.recipe.mask_ratio, self.recipe.hide_label)
-            sample["hidden"] = torch.from_numpy(hidden)
+            sample["hidden"] = draw_hidden(rng, tokens, self.recipe.mask_ratio,
+                                           self.recipe.hide_label)
         return sample
+
+    def make(self, slices, step, part=0, rank=0):
+        """The `Batch` of `Slices`, on their device; its noise is keyed by the other numbers."""
+        key = np.random.SeedSequence([self.seed, step, part, rank]).generate_state(1)[0]
+        return make_batch(slices, self.image_size, self.recipe, int(key))
 
     def draw_prompt(self, name, case, k, rng, jitter=0.05):
         """A prompt for slice k of a training case: (stored case, slice), of another patient.
@@ -197,25 +174,33 @@ class ContextSamples(Dataset):
         return prompt, min(slices, key=lambda s: abs((s + 0.5) / prompt.slices - height))
 
     def read(self, name, chosen, colored, rng):
-        """Images, labels, valid (S, 1, H, W) of the chosen slices [(case, k)], cropped."""
-        near = colored and self.recipe.close_up and rng.random() < self.recipe.close_up
-        pairs = [case.read(k) for case, k in chosen]  # (image, label, valid), (H, W) each
+        """What is drawn for the chosen slices [(case, k)] of a dataset, and the slices."""
+        recipe, S, sample = self.recipe, len(chosen), {}
+        near = colored and recipe.close_up and rng.random() < recipe.close_up
+        pairs = [case.stored(k) for case, k in chosen]  # (image, label, valid), (H, W) each
         if self.fills_boxes(name):
-            pairs = [(image, boxes.fill(case.index["boxes"], image.shape).astype(np.float32), valid)
+            pairs = [(image, boxes.fill(case.index["boxes"], image.shape), valid)
                      for (image, _, valid), (case, _) in zip(pairs, chosen)]
+        views = [np.eye(3)] * S
         if near:
-            pairs = close_ups(pairs, rng)
+            views, only = close_ups([label for _, label, _ in pairs], rng)
+            sample["allowed"] = (ALL > 0) & (ALL == only)
         if colored:
-            pairs = [crop(pair, self.image_size, rng) for pair in pairs]
+            views = [view @ draw_crop(self.image_size, rng) for view in views]
         else:
-            pairs = crop_windows(pairs, self.image_size, rng)  # ours: at full resolution
-        sample = [torch.stack(parts)[:, None] for parts in zip(*pairs)]
-        if self.recipe.augment and rng.random() < self.recipe.augment:
+            pairs, views = draw_windows(pairs, self.image_size, rng)  # ours: at full resolution
+        if recipe.augment and rng.random() < recipe.augment:
             alone = all(case is chosen[-1][0] for case, _ in chosen)
-            sample = synthetic.augment(*sample, colored, rng, apart=4 if alone else 1, near=near)
-        return sample
+            views = views @ draw_moves(rng, S, colored, apart=4 if alone else 1, near=near)
+            classes = len({c for case, k in chosen[:-1] for c in case.classes[k]})
+            if colored:
+                sample |= {"looks": [draw_look(rng, S)],
+                           "bend": np.float32(abs(rng.normal(0, 0.02)))}
+            if colored and classes > 1 and rng.random() < 0.5:
+                sample["wanted"] = int(rng.integers(1, classes))
+        return {"pairs": pairs, "views": np.stack(views), **sample}
 
-    collate = staticmethod(Batch.collate)
+    collate = staticmethod(Slices.collate)
 
     def describe(self, dataset, case, k):
         """What the three numbers of `Batch.drawn` stand for, as text."""
@@ -223,21 +208,6 @@ class ContextSamples(Dataset):
         if name == SYNTHETIC:
             return f"{name} {case}"
         return f"{name} {self.cases[name][case].name} slice {k}"
-
-
-def crop(pair, size, rng):
-    """Resize to 512 x 512, crop 448 x 448 at random (paper; the ratio is kept at other sizes).
-
-    pair: (image, mask of classes, valid or None), each (H, W) -> three tensors (size, size).
-    """
-    full = round(size * 512 / 448)
-    y, x = rng.integers(0, full - size + 1, 2)
-    image, label, valid = pair
-    valid = np.ones(image.shape, bool) if valid is None else valid
-    image, label, valid = (torch.from_numpy(t) for t in (image, label, valid.astype(np.uint8)))
-    image = resize_images(image, (full, full)).clamp(0, 1)  # rounding
-    label, valid = (resize_labels(t, (full, full)) for t in (label, valid))
-    return tuple(t[y:y + size, x:x + size].contiguous() for t in (image, label, valid))
 
 
 class BatchSampler:

@@ -58,6 +58,7 @@ class Recipe:
     validate_cases: int = 0            # ours: patients of every dataset kept to be scored
     dataset_weights: str = "equal"     # ours: equal or size; how datasets share their group
     synthetic_share: float | None = None  # paper: none; share of procedural tasks (synthetic.py)
+    pool: int = 1000                   # ours: how many procedural tasks there are
     strict: bool = False               # do not start where a case cannot be used
     # The optimisation
     optimizer: str = "adamw"           # paper; muon: on the blocks' matrices (ours)
@@ -109,7 +110,8 @@ RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment close_
            "a share is from 0 to 1"),
           ("mask_ratio data_fraction layer_decay", TINY, 1, "above 0, at most 1"),
           ("drop_path", 0, 0.99, "a rate is from 0 to below 1"),
-          ("image_size batch_size accumulate cases lr beta clip", TINY, HUGE, "it must be above 0"),
+          ("image_size batch_size accumulate cases pool lr beta clip", TINY, HUGE,
+           "it must be above 0"),
           ("seed weight_decay background_weight validate_cases", 0, HUGE,
            "it must not be below 0"))
 # Fields that are flags; the others go by --set alone.

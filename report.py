@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coloring import color, make_palette
+from coloring import color, spread_colors
 from metrics import METRICS, WRONG
 from scans.datasets import DATASETS
 from scans.store import prepare_case
@@ -444,7 +444,9 @@ def first_pair(hit):
     k = max(index["foreground"] or [0], key=content)
     label = arrays["label"][k]
     if hit.dataset.colored:
-        palette = make_palette(index["classes"][k], "random", np.random.default_rng(0))
+        classes = index["classes"][k]
+        palette = np.zeros(256)
+        palette[classes] = spread_colors(len(classes))
         label = palette[label] * 65535
     return arrays["image"][k], label
 
@@ -491,7 +493,7 @@ def draw_samples(path, model, samples, answer):
     model.eval()
     device = next(model.parameters()).device
     for _, sample in sorted(first_samples(samples).items()):
-        batch = samples.collate([sample]).to(device)
+        batch = samples.make(samples.collate([sample]).to(device), 0)
         labels = color(batch.labels, batch.palette, batch.colored)
         tiles = [batch.images[:, -2], labels[:, -2], batch.images[:, -1], labels[:, -1],
                  answer(model, batch)]

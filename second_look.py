@@ -8,6 +8,7 @@ Training shows some samples as such windows (`close_up`). `--looks 1` leaves it 
 import numpy as np
 import torch
 
+from batches import view_of
 from scans import boxes
 
 MARGIN = 1.5     # a window is so many times as large as the class
@@ -46,26 +47,25 @@ def window(centre, side, shape):
     return tuple(spans)
 
 
-def close_ups(pairs, rng):
-    """A training sample seen from near: one class that the prompts show, and nothing else.
+def close_ups(labels, rng):
+    """(views, class): a training sample seen from near, one class that its prompts show.
 
-    pairs: [(image, label, valid or None)], each (H, W), the task pair last. The windows have one
-    size, 1.5 to 2.6 times the largest extent of the class, at least a fifth of the picture.
+    labels: of S slices, (H, W) each, the task's last. The windows have one size, 1.5 to 2.6 times
+    the largest extent of the class, at least a fifth of the picture. Class 0: the prompts are
+    empty, and all is seen.
     """
-    shown = np.unique(np.concatenate([np.unique(label) for _, label, _ in pairs[:-1]]))
+    shown = np.unique(np.concatenate([np.unique(label) for label in labels[:-1]]))
     if not (shown > 0).any():
-        return pairs
+        return [np.eye(3)] * len(labels), 0
     asked = rng.choice(shown[shown > 0])
-    places = [extent(label == asked) for _, label, _ in pairs]
+    places = [extent(label == asked) for label in labels]
     known = [place for place in places if place]
     side = float(np.clip(max(p[1] for p in known) * rng.uniform(1.5, 2.6), 0.2, 1))
-    near = []
-    for (image, label, valid), place in zip(pairs, places):
+    views = []
+    for place in places:
         centre = np.add((place or known[0])[0], rng.normal(0, 0.08 * side, 2))
-        here = window(centre, side, image.shape)
-        only = np.where(label == asked, label, 0)[here]
-        near.append((image[here], only, None if valid is None else valid[here]))
-    return near
+        views.append(view_of(centre.clip(side / 2, 1 - side / 2), (side, side)))
+    return views, int(asked)
 
 
 def look_again(ask, prompts, image, gray, value, candidates=None):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import mvg
 from coloring import color
 from data import BatchSampler, ContextSamples
+from lab.synthetic import open_pool
 from objectives import LOSSES
 from recipe import parse
 from running.checkpoints import load_vit
@@ -129,6 +130,17 @@ def make_model(args, recipe, store):
     return model, LOSSES
 
 
+def find_pool(args, recipe, ranks, image_size):
+    """The pool of procedural tasks, kept beside the store, or None. The first rank draws it."""
+    if not recipe.synthetic:
+        return None
+    folder = args.store or (default_store(args.data_root) if args.data_root else "store")
+    pool = open_pool(folder, recipe.pool, image_size) if ranks.main else None
+    if ranks.distributed:
+        dist.barrier()
+    return pool or open_pool(folder, recipe.pool, image_size)
+
+
 def make_batches(samples, first, stop, workers, ranks):
     """The batches of this rank for the steps from `first` up to `stop`."""
     cuda, recipe = ranks.device.type == "cuda", samples.recipe
@@ -141,7 +153,7 @@ def make_batches(samples, first, stop, workers, ranks):
 
 
 def next_batch(batches, device):
-    """The next batch, on the device. A loader process's error is said in its own words."""
+    """The next `Slices`, on the device. A loader process's error is said in its own words."""
     try:
         return next(batches).to(device)
     except DataError as error:
@@ -159,7 +171,8 @@ def main(argv=None):
     store = find_data(args, recipe, ranks)
     torch.manual_seed(recipe.seed)
     model, losses = make_model(args, recipe, store)
-    samples = ContextSamples(store, recipe, model.config)
+    pool = find_pool(args, recipe, ranks, model.config.image_size)
+    samples = ContextSamples(store, recipe, model.config, pool)
     bf16 = use_bf16(recipe, ranks)
     model.to(ranks.device)
     model.recompute = args.recompute
@@ -193,7 +206,7 @@ def train(run, losses, optimizers, bf16):
             for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = lr * group["scale"]
             for part in range(recipe.accumulate):
-                batch = next_batch(batches, device)
+                batch = samples.make(next_batch(batches, device), step, part, run.ranks.rank)
                 labels = color(batch.labels, batch.palette, batch.colored)  # (B, S, 1, H, W)
                 wrapped.require_backward_grad_sync = part == recipe.accumulate - 1
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

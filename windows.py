@@ -8,18 +8,23 @@ prompt and task, and inference answers in windows that overlap by a half and are
 import numpy as np
 import torch
 
-from scans.volumes import resize_images, resize_labels
+from batches import view_of
+from scans.volumes import resize_images
 
 MAX_SIDE = 512  # pixels along a side at most, the resolution of the store
 
 
-def fit(picture, side, resize=resize_images):
-    """A picture (H, W) with at most 512 pixels along a side, and at least the model's: a tensor."""
-    grow = max(1, side / min(min(n, MAX_SIDE) for n in picture.shape))
+def fitted(shape, side):
+    """The shape (H, W) reduced to 512 pixels along a side at most, enlarged to the model's."""
+    grow = max(1, side / min(min(n, MAX_SIDE) for n in shape))
     most = max(side, MAX_SIDE)
-    size = [min(most, max(side, round(min(n, MAX_SIDE) * grow))) for n in picture.shape]
+    return [min(most, max(side, round(min(n, MAX_SIDE) * grow))) for n in shape]
+
+
+def fit(picture, side):
+    """A picture (H, W) at its `fitted` size: a tensor."""
     picture = torch.from_numpy(np.ascontiguousarray(picture, np.float32))
-    return resize(picture[None, None], size)[0, 0].clamp(0, 1)
+    return resize_images(picture[None, None], fitted(picture.shape, side))[0, 0].clamp(0, 1)
 
 
 def window(picture, place, side):
@@ -31,21 +36,20 @@ def window(picture, place, side):
 # -------------------------------------------------------------------------------------------------
 # Training
 
-def crop_windows(pairs, side, rng):
-    """Pairs [(image, label, valid or None)], (H, W) arrays, the task last -> three tensors each.
+def draw_windows(pairs, side, rng):
+    """Pairs [(image, label, valid or None)], (H, W) arrays, the task last -> (pairs, views).
 
     Where a truth is known in part only, the window holds some of it. What a label leaves as it is
     in the image is known there, too: it is to come through unchanged.
     """
-    place = draw_place(pairs[-1][2], side, rng)
-    cropped = []
+    place, known, views = draw_place(pairs[-1][2], side, rng), [], []
     for image, label, valid in pairs:
-        known = np.ones(image.shape, bool)
-        if valid is not None:
-            known = valid | (image == label) & (label > 0)
-        pictures = fit(image, side), fit(label, side), fit(known, side, resize_labels).byte()
-        cropped.append(tuple(window(p, place, side) for p in pictures))
-    return cropped
+        alike = (image == label) & (label > 0)
+        known.append((image, label, valid if valid is None else valid | alike))
+        shape = np.array(fitted(image.shape, side))
+        corner = np.round(place * (shape - side))
+        views.append(view_of((corner + side / 2) / shape, side / shape))
+    return known, views
 
 
 def draw_place(valid, side, rng):

@@ -508,19 +508,20 @@ class StoredCase:
     kind: str = ""
     height: float = None
 
+    def stored(self, k: int) -> tuple:
+        """Slice k as it is stored: image, label, valid (bool, or None), (H, W) each."""
+        names = ["image", "label"] + ["valid"] * self.index["valid"]
+        image, label, *valid = (np.load(self.folder / f"{n}.npy", mmap_mode="r")[k] for n in names)
+        return np.asarray(image), np.asarray(label), valid[0] > 0 if valid else None
+
     def read(self, k: int) -> tuple:
         """Slice k: image (H, W) float32 in [0, 1], label (H, W) float32, valid (H, W) bool or None.
 
         The label holds classes, or an image in [0, 1].
         """
-        image = np.load(self.folder / "image.npy", mmap_mode="r")[k].astype(np.float32) / TOP
-        label = np.load(self.folder / "label.npy", mmap_mode="r")[k]
+        image, label, valid = self.stored(k)
         scale = TOP if label.dtype == np.uint16 else 1
-        label = label.astype(np.float32) / scale
-        valid = None
-        if self.index["valid"]:
-            valid = np.load(self.folder / "valid.npy", mmap_mode="r")[k] > 0
-        return image, label, valid
+        return image.astype(np.float32) / TOP, label.astype(np.float32) / scale, valid
 
     def kept(self, slices: str = "foreground") -> list:
         """Numbers of the slices that count. slices: foreground | all."""

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 
 import mvg
-from data import Batch, ContextSamples
+from batches import Batch
+from data import ContextSamples
 from recipe import Recipe
 
 LAYOUTS = ("fused", "sequence")
@@ -52,11 +53,20 @@ def make_batch(images, labels, colored=False, valid=None, hidden=None, drop=None
 def context(store, size=64, patch=8, depth=8, **recipe):
     """`ContextSamples` of a store for a model of this image size, patch and depth."""
     config = SimpleNamespace(image_size=size, patch=patch, depth=depth)
-    return ContextSamples(store, Recipe(**recipe), config)
+    return ContextSamples(store, Recipe(**{"pool": 8, **recipe}), config)
+
+
+def batch_of(samples, *keys):
+    """The `Batch` of the samples [(step, i)], whose noise is that of the first one's step."""
+    return samples.make(samples.collate([samples[key] for key in keys]), keys[0][0])
+
+
+def shown(samples, step, i):
+    """One sample as it is shown: {field of `Batch`: its value without the batch's dimension}."""
+    return {name: value[0] for name, value in vars(batch_of(samples, (step, i))).items()
+            if value is not None}
 
 
 def same(a, b):
-    """Are two samples equal in every entry?"""
-    if a.keys() != b.keys():
-        return False
-    return all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    """Are two samples of `shown` equal in every entry?"""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -19,7 +19,7 @@ from PIL import Image
 import data
 import metrics
 import mvg
-from common import context
+from common import batch_of, context
 from conftest import FIVE, REAL, ROOT
 from objectives import LOSSES
 from recipe import Recipe
@@ -970,7 +970,7 @@ def test_copying_the_prompt_does_not_solve_the_stand_ins(filled):
 def test_brats_local_neither_trains_nor_scores_elsewhere(filled):
     only = Store(filled.root, ["brats_local"])
     samples = context(only, 64, 16, 4, objective="ar", seed=1)
-    batch = data.Batch.collate([samples[0, i] for i in range(2)])
+    batch = batch_of(samples, (0, 0), (0, 1))
     labels, valid, recipe = batch.labels, batch.valid, Recipe()
     assert valid[:, 1].any() and not valid[:, 1].all()
     model = mvg.from_config(mvg.Config(32, 4, 2, 4, image_size=64)).eval()

@@ -123,8 +123,8 @@ OTHER = {"model": "tiny", "image_size": "64", "layout": "sequence", "positions":
          "beta": "0.02", "background_weight": "1", "balance": "true", "boxes": "filled",
          "close_up": "0.5", "augment": "0.5", "datasets": "acdc", "brats_pairs": "t1c:t2w",
          "data_fraction": "0.5", "cases": "5", "validate_cases": "1", "dataset_weights": "size",
-         "synthetic_share": "0.1", "strict": "true", "optimizer": "muon", "batch_size": "8",
-         "accumulate": "2", "lr": "1e-4", "layer_decay": "0.9", "warmup": "0.1",
+         "synthetic_share": "0.1", "pool": "20", "strict": "true", "optimizer": "muon",
+         "batch_size": "8", "accumulate": "2", "lr": "1e-4", "layer_decay": "0.9", "warmup": "0.1",
          "weight_decay": "0.1", "clip": "2", "bf16": "true", "seed": "1"}
 
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import data
-from common import context, same
-from lab import synthetic
+from common import batch_of, context, same, shown
 from recipe import Recipe
 from scans import boxes
 from scans.datasets import SYNTHETIC, find
@@ -22,16 +21,17 @@ def test_samples_are_a_function_of_seed_step_and_number(store):
     a, b = (context(store, seed=1) for _ in range(2))
     other = context(store, seed=2)
     for key in ((0, 0), (7, 3), (100_000, 127)):
-        assert same(a[key], b[key]) and not same(a[key], other[key])
-    assert not same(a[0, 0], a[0, 1])
+        assert same(shown(a, *key), shown(b, *key))
+        assert not same(shown(a, *key), shown(other, *key))
+    assert not same(shown(a, 0, 0), shown(a, 0, 1))
 
 
 def test_samples_are_what_the_model_expects(store):
     samples = context(store, 96, 16, 12, num_prompts="2", objective="ar")
-    s = samples[0, 0]
+    s = shown(samples, 0, 0)
     assert s["images"].shape == s["labels"].shape == s["valid"].shape == (3, 1, 96, 96)
     assert 0 <= s["images"].min() and s["images"].max() <= 1 and s["drop"].shape == (12, 2)
-    seen = {bool(samples[0, i]["colored"]): samples[0, i] for i in range(30)}
+    seen = {bool(samples[0, i]["colored"]): shown(samples, 0, i) for i in range(30)}
     # classes stay classes through resizing
     assert seen[True]["labels"].unique().frac().abs().max() == 0
     assert 0 <= seen[False]["labels"].min() and seen[False]["labels"].max() <= 1
@@ -41,21 +41,23 @@ def test_samples_are_what_the_model_expects(store):
 def test_samples_are_collated_to_a_batch(store):
     for objective in ("ar", "mim"):
         samples = context(store, 32, objective=objective)
-        drawn = [samples[0, i] for i in range(3)]
-        batch = samples.collate(drawn)
+        batch = batch_of(samples, (0, 0), (0, 1), (0, 2))
         assert batch.images.shape == batch.labels.shape == batch.valid.shape == (3, 2, 1, 32, 32)
         assert batch.palette.shape == (3, 256) and batch.colored.dtype == torch.bool
         assert batch.drop.shape == (3, 8, 2) and batch.drawn.shape == (3, 3)
         assert (batch.hidden is None) == (objective == "ar")
-        for i, s in enumerate(drawn):
-            assert same({k: getattr(batch, k)[i] for k in s}, s)
-        assert batch.to("meta").images.device.type == "meta"
+        for i in range(3):  # a sample does not depend on what it is batched with
+            alone = shown(samples, 0, i)
+            for name, value in alone.items():
+                assert torch.allclose(getattr(batch, name)[i], value, atol=1e-6), name
+        slices = samples.collate([samples[0, 0]])
+        assert slices.to("meta").images.device.type == "meta"
 
 
 def test_the_three_numbers_say_which_slice_was_drawn(store):
     samples = context(store, objective="ar")
     for i in range(20):
-        s = samples[0, i]
+        s = shown(samples, 0, i)
         dataset, case, k = s["drawn"].tolist()
         name = samples.names[dataset]
         drawn = samples.cases[name][case]
@@ -70,29 +72,11 @@ def test_what_the_prompt_does_not_show_has_no_color(store):
     samples = context(store, 64, seg_share=1.0, objective="ar")
     hidden = 0
     for i in range(60):
-        s = samples[0, i]
-        shown = set(s["labels"][:-1].unique().int().tolist()) - {0}
-        assert set(np.flatnonzero(s["palette"])) == shown
-        hidden += not set(s["labels"][-1].unique().int().tolist()) <= shown | {0}
+        s = shown(samples, 0, i)
+        classes = set(s["labels"][:-1].unique().int().tolist()) - {0}
+        assert set(np.flatnonzero(s["palette"])) == classes
+        hidden += not set(s["labels"][-1].unique().int().tolist()) <= classes | {0}
     assert hidden > 0  # the rule had something to do
-
-
-def test_a_crop_is_7_8_of_the_picture_and_keeps_image_and_label_together():
-    """Paper: resized to 512, cropped to 448; a bright square stays under its label."""
-    rng = np.random.default_rng(0)
-    image = np.zeros((40, 60), np.float32)
-    image[10:20, 30:45] = 1
-    places = set()
-    for _ in range(30):
-        crop, label, valid = data.crop((image, 2 * image, None), 56, rng)
-        assert crop.shape == label.shape == valid.shape == (56, 56)
-        assert set(label.unique().tolist()) == {0, 2} and (valid == 1).all()
-        assert ((crop > 0.5) == (label == 2)).float().mean() > 0.98
-        assert label.sum() / 2 == pytest.approx(150 / 2400 * 64 ** 2, rel=0.15)
-        places.add(tuple(torch.nonzero(label)[0].tolist()))
-    assert len(places) > 10  # nine by nine places
-    rows = [p[0] for p in places]
-    assert max(rows) - min(rows) <= 8
 
 
 def test_a_slice_that_cannot_be_read_is_named(store, monkeypatch):
@@ -101,7 +85,7 @@ def test_a_slice_that_cannot_be_read_is_named(store, monkeypatch):
     def broken(self, k):
         raise OSError("no such page")
 
-    monkeypatch.setattr(type(samples.cases["acdc"][0]), "read", broken)
+    monkeypatch.setattr(type(samples.cases["acdc"][0]), "stored", broken)
     with pytest.raises(DataError, match=r"sample 4 of step 3 cannot be read, \w+ .* slice \d+, "
                                         r".* slice \d+: OSError: no such page"):
         samples[3, 4]
@@ -142,7 +126,7 @@ def test_a_single_case_prompts_itself_and_is_never_held_out(tmp_path):
     found = find(tmp_path)
     assert [c.split for c in found["Dataset900_One"].cases] == ["train"]
     prepare(found, tmp_path / "store")
-    s = context(Store(tmp_path / "store"))[0, 0]
+    s = shown(context(Store(tmp_path / "store")), 0, 0)
     assert s["images"].shape == (2, 1, 64, 64)
     assert not torch.equal(s["images"][0], s["images"][1])
 
@@ -218,7 +202,7 @@ def test_boxes_are_lines_on_the_image_or_masks(tmp_path):
     assert (filled.segmentation, filled.others) == (["deeplesion"], [])
     assert lines.segmentation_share == 0 and filled.segmentation_share == 1
     for i in range(6):
-        sample = filled[0, i]
+        sample = shown(filled, 0, i)
         assert sample["colored"] and sample["labels"].dtype == torch.float32
         for image, label in zip(sample["images"][:, 0], sample["labels"][:, 0]):
             box = boxes.around(label.numpy())[0]
@@ -227,7 +211,7 @@ def test_boxes_are_lines_on_the_image_or_masks(tmp_path):
             assert abs(bottom - top - 16 * 8 / 7) <= 2 and 18 <= right - left <= 24
             first = int(torch.where(image > 0.2)[0].min())
             assert abs(top - first - 13 * 8 / 7) <= 2  # where it is in the body
-    sample = lines[0, 0]
+    sample = shown(lines, 0, 0)
     assert not sample["colored"] and 0.5 < (sample["labels"] - sample["images"]).max() <= 1
     with pytest.raises(DataError, match="leave synthetic and boxes=filled out"):
         context(store, boxes="filled", coloring="predefined")
@@ -236,65 +220,14 @@ def test_boxes_are_lines_on_the_image_or_masks(tmp_path):
 # -------------------------------------------------------------------------------------------------
 # Task augmentation
 
-def test_augment_makes_another_task_of_a_sample(store):
-    plain, other = (context(store, augment=a) for a in (0.0, 1.0))
-    assert same(other[3, 1], other[3, 1])
-    fewer = 0
-    for step in range(40):
-        a, b = plain[step, 0], other[step, 0]
-        assert a["images"].shape == b["images"].shape and b["valid"].dtype == torch.uint8
-        assert 0 <= b["images"].min() and b["images"].max() <= 1
-        assert not torch.equal(a["images"], b["images"])
-        if b["colored"]:  # classes stay classes
-            assert set(b["labels"].unique().tolist()) <= set(a["labels"].unique().tolist())
-            fewer += len(b["labels"].unique()) < len(a["labels"].unique())
-        else:  # mirrored and turned by quarters, image and label together, all pairs alike
-            before, after = (torch.stack([s["images"], s["labels"]]) for s in (a, b))
-            turned = [torch.rot90(after, k, (-2, -1)) for k in range(4)]
-            turned += [t.flip(-1) for t in turned]
-            assert min((t - before).abs().max() for t in turned) < 1e-3
-    assert fewer > 2
-
-
-def test_augment_keeps_image_and_label_together():
-    """A label that is the image's bright square still covers it after turning and zooming."""
-    rng = np.random.default_rng(0)
-    labels = torch.zeros(3, 1, 64, 64)
-    labels[:, :, 20:44, 24:40] = 1
-    everywhere = torch.ones(labels.shape, dtype=torch.uint8)
-    for _ in range(20):
-        images, moved, valid = synthetic.augment(labels * 0.9, labels, everywhere, False, rng)
-        assert torch.allclose(images, 0.9 * moved, atol=1e-4)
-        assert float(moved.sum()) == pytest.approx(float(labels.sum()), rel=1e-3)
-        images, moved, _ = synthetic.augment(labels * 0.9, labels, valid, True, rng)
-        for x, y in zip(images, moved):
-            if 50 < y.sum() < 3000:
-                inside, outside = x[y > 0].median(), x[y == 0].median()
-                nearer = ((x - inside).abs() < (x - outside).abs())[y > 0].float().mean()
-                assert nearer > 0.8 or abs(inside - outside) < 0.15
-
-
-def test_a_case_that_prompts_itself_is_moved_apart():
-    """Copying the prompt's label must not answer the question where both are one slice."""
-    labels, rng, shared = torch.zeros(2, 1, 64, 64), np.random.default_rng(0), {1: [], 4: []}
-    labels[:, :, 22:42, 26:38] = 1
-    valid = torch.ones(labels.shape, dtype=torch.uint8)
-    for apart, values in shared.items():
-        for _ in range(60):
-            moved = synthetic.augment(labels, labels, valid, True, rng, apart)[1]
-            a, b = (x > 0 for x in moved)
-            values.append(float((a & b).sum() / (a | b).sum().clamp(min=1)))
-    assert np.mean(shared[1]) > 0.5 and np.mean(shared[4]) < 0.35
-
-
-def test_few_shot_asks_for_it(store, monkeypatch):
-    asked, augment = [], synthetic.augment
+def test_few_shot_moves_the_pairs_apart(store, monkeypatch):
+    asked, draw_moves = [], data.draw_moves
 
     def noted(*arguments, apart, **more):
         asked.append(apart)
-        return augment(*arguments, apart=apart, **more)
+        return draw_moves(*arguments, apart=apart, **more)
 
-    monkeypatch.setattr(synthetic, "augment", noted)
+    monkeypatch.setattr(data, "draw_moves", noted)
     for cases, apart in ((1, 4), (3, 1)):
         asked.clear()
         context(Store(store.root, ["msd_hippocampus"]), augment=1.0, cases=cases)[0, 0]
@@ -304,37 +237,11 @@ def test_few_shot_asks_for_it(store, monkeypatch):
 # -------------------------------------------------------------------------------------------------
 # Procedural tasks
 
-def test_synthetic_tasks_are_deterministic_and_differ():
-    def draw(i, colored):
-        return synthetic.task(np.random.default_rng([7, i]), 3, 64, colored)
-
-    for colored in (True, False):
-        seen = [draw(i, colored) for i in range(20)]
-        for i, (images, labels) in enumerate(seen):
-            again = draw(i, colored)
-            assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
-            assert images.shape == labels.shape == (3, 64, 64)
-            assert images.dtype == labels.dtype == torch.float32
-            assert 0 <= images.min() and images.max() <= 1 and labels.min() >= 0
-            if colored:
-                assert (labels.frac() == 0).all() and labels.max() <= 12
-            else:
-                assert labels.max() <= 1
-        assert len({float(i.sum()) for i, _ in seen}) == 20
-        if colored:  # nearly every task asks for something, and subjects differ
-            assert sum(bool(l.max() > 0) for _, l in seen) >= 19
-            shared = []
-            for _, label in seen:
-                a, b = label[0] > 0, label[1] > 0
-                shared.append((a & b).sum() / (a | b).sum().clamp(min=1))
-            assert 0.1 < np.mean(shared) < 0.7
-
-
 def test_synthetic_needs_no_data_and_joins_both_groups(store):
     alone = context(None, datasets=(SYNTHETIC,))
-    kinds = {(s["colored"].item(), s["drawn"][0].item()) for s in (alone[i, 0] for i in range(20))}
+    kinds = {(s["colored"], s["drawn"][0]) for s in (alone[i, 0] for i in range(20))}
     assert kinds == {(True, 0), (False, 0)} and len(alone) == data.SYNTHETIC_EPOCH
-    assert same(alone[3, 1], context(None, datasets=(SYNTHETIC,))[3, 1])
+    assert same(shown(alone, 3, 1), shown(context(None, datasets=(SYNTHETIC,)), 3, 1))
     both = context(store, datasets=(SYNTHETIC,))
     draws = [both.draw(step, 0) for step in range(4000)]
     for colored, others in ((True, 4), (False, 1)):

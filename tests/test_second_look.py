@@ -6,7 +6,7 @@ import torch
 
 import data
 import second_look
-from common import context
+from common import batch_of, context
 from second_look import close_ups, extent, window
 
 
@@ -24,28 +24,25 @@ def test_windows_by_hand():
 
 def test_close_ups_show_one_class_of_the_prompt_from_near():
     rng = np.random.default_rng(0)
-    label = np.zeros((2, 60, 80), np.float32)
-    label[0, 10:16, 10:18], label[1, 30:36, 50:58], label[:, 40:42, 70:74] = 1, 1, 2
-    label[1, 0, 0] = 3  # the prompt does not show it
-    prompt, task = (label[0] / 9, label[0], label[0] > 0), (label[1] / 9, label[1], None)
+    labels = np.zeros((2, 60, 80), np.uint8)
+    labels[0, 10:16, 10:18], labels[1, 30:36, 50:58], labels[:, 40:42, 70:74] = 1, 1, 2
+    labels[1, 0, 0] = 3  # the prompt does not show it
     seen = set()
     for _ in range(50):
-        (image, mask, valid), (other, answer, none) = close_ups([prompt, task], rng)
-        (asked,) = np.unique(mask[mask > 0])
+        views, asked = close_ups(labels, rng)
         seen.add(asked)
         # of the picture: 8 of 80 pixels, 2 of 60 are less than 4 of 80
-        size = {1: 80, 2: 26.7}[asked] / 800
-        for picture in (image, other):
-            rows, columns = picture.shape[0] / 60, picture.shape[1] / 80
-            assert 0.2 <= rows + 0.02 and rows <= max(0.2, 2.6 * size) + 0.02
-            assert abs(rows - columns) < 0.03
-        assert set(np.unique(answer)) <= {0, asked} and (answer == asked).any() and none is None
-        # cut alike, whatever is asked for
-        assert np.array_equal(valid, mask + (np.rint(image * 9) > 0) * (mask == 0) > 0)
-        assert np.array_equal(np.rint(other * 9) == asked, answer == asked)
+        size = {1: 0.1, 2: 4 / 80}[asked]
+        for view, label in zip(views, labels):
+            side = view[0, 0]
+            assert max(0.2, 1.5 * size) <= side <= max(0.2, 2.6 * size) and view[1, 1] == side
+            assert abs(view[:2, 2]).max() <= 1 - side + 1e-9  # inside of the picture
+            rows, columns = np.nonzero(label == asked)
+            middle = np.array([(columns.mean() + 0.5) / 40 - 1, (rows.mean() + 0.5) / 30 - 1])
+            assert abs(middle - view[:2, 2]).max() < side  # the window holds the class
     assert seen == {1, 2}
-    empty = [(label[0], np.zeros((60, 80)), None)] * 2
-    assert close_ups(empty, rng) is empty
+    views, asked = close_ups(np.zeros((2, 60, 80), np.uint8), rng)
+    assert asked == 0 and all(np.array_equal(view, np.eye(3)) for view in views)
 
 
 def test_close_ups_are_drawn_as_often_as_asked_for(store, monkeypatch):
@@ -59,10 +56,10 @@ def test_close_ups_are_drawn_as_often_as_asked_for(store, monkeypatch):
     for share, low, high in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):
         asked.clear()
         samples = context(store, 32, seg_share=1.0, objective="ar", close_up=share)
-        drawn = [samples[0, i] for i in range(200)]
-        assert low <= len(asked) <= high
-        assert all(s["images"].shape == (2, 1, 32, 32) for s in drawn)
-    assert all(len(s["labels"].unique()) <= 2 for s in drawn)  # one class each
+        batch = batch_of(samples, *((0, i) for i in range(200)))
+        assert low <= len(asked) <= high and batch.images.shape == (200, 2, 1, 32, 32)
+    assert ((batch.palette > 0).sum(1) <= 1).all()  # one class each
+    assert ((batch.palette > 0).sum(1) == 1).float().mean() > 0.9
 
 
 # -------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import data
 import mvg
 import running.ranks
 import train
-from coloring import color, decode, make_palette
-from common import context, make_batch, pairs
+from coloring import color, decode, draw_keys, draw_palettes
+from common import batch_of, context, make_batch, pairs
 from conftest import FIVE, REAL, ROOT
 from fakes import failure
 from objectives import LOSSES
@@ -81,8 +81,9 @@ def test_a_tiny_model_overfits_four_pairs_with_colors_redrawn(store):
     colored = torch.ones(4, dtype=torch.bool)
 
     def palettes():
-        drawn = [make_palette([1, 2], "random", rng) for _ in range(4)]
-        return torch.from_numpy(np.stack(drawn))
+        keys = [torch.from_numpy(np.stack(k)) for k in zip(*(draw_keys(rng) for _ in range(4)))]
+        number = torch.arange(256).expand(4, -1)
+        return draw_palettes((number > 0) & (number < 3), keys, "random")
 
     def iou():
         palette, truth = palettes(), labels[:, 1, 0]
@@ -291,19 +292,19 @@ def test_what_a_loader_process_cannot_read_is_named(store, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_is_left_out_and_its_case_named(store, tmp_path, monkeypatch,
                                                                   capsys):
-    draw, spoilt = data.ContextSamples.__getitem__, []
+    make, spoilt = data.ContextSamples.make, []
 
-    def spoil(self, key):
-        sample = draw(self, key)
-        if key == (1, 1):
-            sample["images"][0, 0, 0, 0] = float("nan")
-            spoilt.append(self.describe(*sample["drawn"].tolist()))
-        return sample
+    def spoil(self, slices, step, *more):
+        batch = make(self, slices, step, *more)
+        if step == 1 and len(batch.images) > 1:
+            batch.images[1, 0, 0, 0, 0] = float("nan")
+            spoilt.append(self.describe(*batch.drawn[1].tolist()))
+        return batch
 
-    monkeypatch.setattr(data.ContextSamples, "__getitem__", spoil)
+    monkeypatch.setattr(data.ContextSamples, "make", spoil)
     model = run(store, tmp_path / "r", "--steps", "4")
     said = capsys.readouterr().out
-    assert re.findall("not finite: (.*)", said) == spoilt[:1]  # the sample grid draws it again
+    assert re.findall("not finite: (.*)", said) == spoilt
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert [l["skipped"] for l in read_log(tmp_path / "r")] == [1, 0]
 
@@ -670,7 +671,7 @@ def steps_of_gradients(store_root, rank, ranks, batch, folder):
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     gradients, objectives = [], set()
     for step, keys in enumerate(data.BatchSampler(0, 6, batch // ranks, 1, rank, ranks)):
-        batch_here = samples.collate([samples[k] for k in keys])
+        batch_here = batch_of(samples, *keys)
         objective = samples.switch(step)[0]
         objectives.add(objective)
         labels = color(batch_here.labels, batch_here.palette, batch_here.colored)
