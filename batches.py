@@ -232,7 +232,7 @@ class Slices:
         views = np.concatenate([sample["views"][:, :2] for sample in samples])
         reach = abs(views[:, :, :2]).sum(2) + abs(views[:, :, 2])
         views = views * share[:, :, None]
-        views[:, :, 2] += share - 1
+        views[:, :, 2] += (1 + 1e-6) * share - 1  # between two pixels the second one is nearer
         steps = np.sqrt(abs(np.linalg.det(views[:, :, :2])) * most.prod())  # stored pixels a side
         level = np.log2(np.maximum(steps / samples[0]["size"], 1)).round().clip(0, 2)
         ends = np.stack([share * 0 - 1, 2 * share - 1], -2)

@@ -49,7 +49,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import mvg
 import vit
 from coloring import color
-from data import Batch, BatchSampler, ContextSamples
+from batches import Batch
+from data import BatchSampler, ContextSamples
 from lab import synthetic
 from objectives import LOSSES, pixel_loss
 from predict import answer_stack
