@@ -182,7 +182,7 @@ def draw_rest(rng, S, size, colored):
 
     allowed     (256,) bool: the classes that may be asked for
     wanted      at most so many of them; joined: so many of these share a gray
-    least       classes of which every pair shows more pixels come first
+    sizes       classes of which every pair shows so many pixels, least and most, come first
     regions     is the label sampled as classes are?
     endless     goes what is at the edge of a slice on outside?
     bend        strength of the elastic warp; cells: bumps of the random fields along a side
@@ -190,7 +190,7 @@ def draw_rest(rng, S, size, colored):
     order, sums = draw_keys(rng)
     return {"size": size, "colored": colored, "regions": colored, "looks": [], "endless": False,
             "bend": np.float32(0), "allowed": (ALL > 0) & colored, "wanted": MAX_CLASSES,
-            "joined": 0, "least": np.float32(-1), "order": order, "sums": sums,
+            "joined": 0, "sizes": np.float32([-1, 1e9]), "order": order, "sums": sums,
             "cells": rng.integers(*CELLS, (S, len(CELLS[0])))}
 
 
@@ -317,9 +317,10 @@ def make_batch(slices, size, recipe, key=0):
     images, labels, valid = sample_views(s, size, fields)
     if s.looks:
         images, labels = show(s, images, labels, fields, generator)
-    palette = torch.zeros(len(images), MAX_CLASSES, device=images.device)
     if s.colors:
         palette = choose_palettes(s, labels, recipe)
+    else:
+        palette = images.new_zeros(len(images), MAX_CLASSES)
     kept = ("colored", "drop", "drawn", "hidden")
     images, labels, valid = (t.unsqueeze(2) for t in (images, labels, valid.view(torch.uint8)))
     return Batch(images=images, labels=labels, valid=valid, palette=palette,
@@ -458,12 +459,14 @@ def choose_palettes(s, labels, recipe):
     """The grays of the classes that are asked for, (B, 256), by what the labels show.
 
     What no prompt shows is background. Of the others the first `wanted` are asked for, in random
-    order; for the procedural tasks those come first of which every pair shows more than `least`.
+    order; for the procedural tasks those come first that every pair shows at a fitting size.
     """
     rest, classes = s.rest, labels.flatten(2).long()  # (B, S, H W)
     area = labels.new_zeros(*labels.shape[:2], MAX_CLASSES)
     area.scatter_add_(2, classes, labels.new_ones(()).expand_as(classes))
     asked = (area[:, :-1].amax(1) > 0) & rest["allowed"]
-    order = rest["order"] + (area.amin(1) <= rest["least"][:, None])
+    least, most = rest["sizes"][:, :, None].unbind(1)
+    low, high = area.aminmax(dim=1)
+    order = rest["order"] + ((low < least) | (high > most))
     return draw_palettes(asked, (order, rest["sums"]), recipe.coloring, rest["wanted"],
                          rest["joined"], rest["offset"])

@@ -57,7 +57,7 @@ class Recipe:
     cases: int | None = None           # at most so many training cases of every dataset
     validate_cases: int = 0            # ours: patients of every dataset kept to be scored
     dataset_weights: str = "equal"     # ours: equal or size; how datasets share their group
-    synthetic_share: float | None = None  # paper: none; share of procedural tasks (synthetic.py)
+    synthetic_share: float | None = None  # paper: none; share of procedural tasks
     pool: int = 1000                   # ours: how many procedural tasks there are
     strict: bool = False               # do not start where a case cannot be used
     # The optimisation

@@ -1,7 +1,7 @@
 """The laboratory: data, yardsticks and tools around the model. None of it is part of the method.
 
 phantom.py      stand-ins: invented anatomies in the native layouts of 19 datasets
-synthetic.py    endless synthetic tasks for training, and the task augmentation
+synthetic.py    invented anatomies for training, drawn once as a pool of region maps
 unet.py         the specialist to compare with, a plain U-Net
 bench.py        speed, memory and the cost of a training run
 loose_scans.py  nnU-Net folders from the loose real scans

@@ -116,11 +116,11 @@ def draw_sample(pool, S, colored, rng):
     looks = draw_image_task(rng, S, contrast, other)
     return {"pairs": [(regions, regions, None) for regions in maps],
             "looks": [draw_look(rng, S, contrast)] if colored else looks,
-            "views": view_of((0.5, 0.5), (1 / MARGIN,) * 2) @ draw_moves(rng, S, True, near=True),
+            "views": view_of((0.5, 0.5), (1 / MARGIN,) * 2) @ draw_moves(rng, S, True, 0.3, True),
             "bend": np.float32(abs(rng.normal(0, 0.03))), "regions": True, "endless": True,
             "allowed": (ALL > 0) & (ALL < pool.classes[task]) & colored,
             "wanted": rng.choice(WANTED), "joined": int(rng.random() < 0.1),
-            "least": np.float32(0.002 * size ** 2)}
+            "sizes": np.float32([0.002, 0.5]) * np.float32(size ** 2)}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_of_a_procedural_task_structures_that_all_pairs_show_come_first():
     label[:, 4:9, 4:9], label[0, 20:40, 20:40] = 1, 2
     pairs = [(stored(one > 0), one, None) for one in label]
     for seed in range(20):
-        one = sample_of(pairs, seed=seed, wanted=1, least=np.float32(6))
+        one = sample_of(pairs, seed=seed, wanted=1, sizes=np.float32([6, 2000]))
         assert set(np.flatnonzero(made(one).palette[0])) == {1}
     seen = {tuple(np.flatnonzero(made(sample_of(pairs, seed=seed, wanted=1)).palette[0]))
             for seed in range(20)}
