@@ -69,6 +69,7 @@ class Recipe:
     warmup: float = 0.05               # paper: 5 of 100 epochs
     weight_decay: float = 0.05         # paper: 0.05; on matrices alone (ours)
     clip: float = 1.0                  # ours: largest norm of the gradient
+    average: float = 0.0               # ours: decay of the weights' moving average, which is kept
     bf16: bool | None = None           # ours: bfloat16 autocast; default: with CUDA
     seed: int = 0                      # of the weights and of every draw
 
@@ -109,7 +110,7 @@ TINY, HUGE = 1e-12, 1e12
 RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment close_up", 0, 1,
            "a share is from 0 to 1"),
           ("mask_ratio data_fraction layer_decay", TINY, 1, "above 0, at most 1"),
-          ("drop_path", 0, 0.99, "a rate is from 0 to below 1"),
+          ("drop_path average", 0, 0.99999, "a rate is from 0 to below 1"),
           ("image_size batch_size accumulate cases pool lr beta clip", TINY, HUGE,
            "it must be above 0"),
           ("seed weight_decay background_weight validate_cases", 0, HUGE,
@@ -121,7 +122,7 @@ FLAGS = ("datasets model image_size layout init objective coloring mask_ratio nu
 # --finetune takes the first from its model, and the second unless something else is asked for.
 OF_THE_MODEL = "model image_size layout positions qk_norm gate drop_path init".split()
 OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss beta "
-                 "background_weight balance boxes close_up augment optimizer").split()
+                 "background_weight balance boxes close_up augment optimizer average").split()
 
 
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,

@@ -216,6 +216,7 @@ def train(run, losses, optimizers, bf16):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             broken = ~torch.isfinite(norm)
             update(optimizers, broken)
+            run.average(step)
             run.log.end_step(broken)
             if (step + 1) % run.args.log_every == 0 or step + 1 == run.stop:
                 run.report(step + 1, lr, interrupted=bool(interrupts.noted))  # waits for the device

@@ -1,9 +1,12 @@
 """The run folder of a training: config.json, log.jsonl, last.pt, best.pt, samples.png, loss.png.
 
+Where a moving average of the weights is kept (`average`), it is the model of both checkpoints, of
+the scores and of the pictures; last.pt holds the weights in training besides.
 What happens at a logging step is here, so that the loop of train.py holds nothing but the method.
 Every file is written whole or not at all. A full disk costs no run: the next log line tries again.
 """
 
+import copy
 import json
 import math
 import os
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import mvg
 from metrics import case_values
@@ -87,6 +91,8 @@ class Run:
         self.stop = min(self.steps, args.stop_at or self.steps)
         self.step, self.best, self.ended = 0, -math.inf, False
         self.log, self.unwritten = LossLog(samples.names, ranks.device), []
+        # What is scored, shown and shipped: the weights, or their moving average.
+        self.shown = copy.deepcopy(model) if recipe.average else model
 
     # ---- the beginning
 
@@ -98,6 +104,7 @@ class Run:
             "coloring": recipe.coloring, "objective": recipe.objective, "augment": recipe.augment,
             "close_up": recipe.close_up, "boxes": recipe.boxes, "datasets": drawn,
             "predefined": list(samples.predefined) if recipe.coloring == "predefined" else None}
+        self.shown.meta = model.meta
         if self.args.resume:
             self.restore(optimizers)
         self.saved_at = self.due = self.step
@@ -132,7 +139,8 @@ class Run:
         if saved["step"] >= self.stop:
             raise DataError(f"{path} has done {saved['step']} steps of {self.stop}: "
                             "ask for more --steps")
-        model.load_state_dict(saved["model"])
+        self.shown.load_state_dict(saved["model"])
+        model.load_state_dict(saved.get("trained", saved["model"]))
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         self.step, self.best = saved["step"], saved["best"]
@@ -168,6 +176,13 @@ class Run:
         log.write_text("".join(lines))
         for left in self.out.glob("*.pt.tmp*"):
             left.unlink()
+
+    def average(self, step):
+        """Move the average of the weights on after a step; early on it forgets faster."""
+        if self.recipe.average:
+            decay = min(self.recipe.average, (1 + step) / (10 + step))
+            weights = [list(model.parameters()) for model in (self.shown, self.model)]
+            get_ema_multi_avg_fn(decay)(*weights, None)
 
     # ---- a logging step
 
@@ -234,7 +249,7 @@ class Run:
         self.since = time.time()
 
     def validate(self):
-        scores = validate(self.model, self.samples, self.ranks.rank, self.ranks.count)
+        scores = validate(self.shown, self.samples, self.ranks.rank, self.ranks.count)
         self.line["validation"] = scores
         mean = sum(scores.values()) / len(scores) if scores else -math.inf
         each = ", ".join(f"{n} {v:.3f}" for n, v in scores.items())
@@ -248,16 +263,18 @@ class Run:
         state = {"step": self.step, "ranks": self.ranks.count, "recipe": asdict(self.recipe),
                  "run": vars(self.args)}
         if self.is_best:
-            mvg.save(self.out / "best.pt", self.model, score=self.best, **state)
+            mvg.save(self.out / "best.pt", self.shown, score=self.best, **state)
             self.is_best = False
-        mvg.save(self.out / "last.pt", self.model, best=self.best,
+        if self.recipe.average:
+            state["trained"] = self.model.state_dict()
+        mvg.save(self.out / "last.pt", self.shown, best=self.best,
                  optimizers=[o.state_dict() for o in optimizers], **state)
         self.saved_at = self.step
         draw_loss(self.out / "loss.png", self.out / "log.jsonl")
         answer = answer_sample
         if not isinstance(self.model, mvg.MVG):
             from lab.unet import answer_sample as answer
-        draw_samples(self.out / "samples.png", self.model, self.samples, answer)
+        draw_samples(self.out / "samples.png", self.shown, self.samples, answer)
 
     # ---- the end
 
@@ -274,7 +291,7 @@ class Run:
                             "free some space, then --resume")
         how = "finished" if self.step == self.steps else "stopped"
         self.ranks.say(f"{how} after step {self.step} of {self.steps}: {self.out / 'last.pt'}")
-        return self.model
+        return self.shown
 
 
 @torch.no_grad()

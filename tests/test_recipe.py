@@ -125,7 +125,7 @@ OTHER = {"model": "tiny", "image_size": "64", "layout": "sequence", "positions":
          "data_fraction": "0.5", "cases": "5", "validate_cases": "1", "dataset_weights": "size",
          "synthetic_share": "0.1", "pool": "20", "strict": "true", "optimizer": "muon",
          "batch_size": "8", "accumulate": "2", "lr": "1e-4", "layer_decay": "0.9", "warmup": "0.1",
-         "weight_decay": "0.1", "clip": "2", "bf16": "true", "seed": "1"}
+         "weight_decay": "0.1", "clip": "2", "average": "0.9", "bf16": "true", "seed": "1"}
 
 
 @pytest.fixture(scope="module")

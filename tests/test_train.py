@@ -657,6 +657,34 @@ def test_learning_rate_by_hand():
 
 
 # -------------------------------------------------------------------------------------------------
+# The moving average of the weights
+
+def test_the_average_of_the_weights_is_what_is_kept_and_resumed(store, tmp_path):
+    """After n steps it is what the recursion says, whether the run was stopped between or not."""
+    averaged = ["--set", "average=0.5", "--log_every", "1", "--save_every", "1"]
+    plain = run(store, tmp_path / "plain", "--steps", "6")
+    whole = run(store, tmp_path / "whole", "--steps", "6", *averaged)
+    run(store, tmp_path / "parts", "--steps", "6", "--stop_at", "3", *averaged)
+    parts = train.main(["--resume", str(tmp_path / "parts" / "last.pt"), "--stop_at", "6"])
+    assert equal(whole, parts) and not equal(whole, plain)
+    saved = load_checkpoint(tmp_path / "whole" / "last.pt")
+    trained = plain.state_dict()  # averaging does not change the training
+    assert all(torch.equal(saved["trained"][k], v) for k, v in trained.items())
+    assert equal(mvg.load(tmp_path / "whole" / "last.pt"), whole)
+    # by hand, from the weights after every step
+    expected = None
+    for step in range(6):
+        run(store, tmp_path / f"to{step}", "--steps", "6", "--stop_at", str(step + 1))
+        weights = load_checkpoint(tmp_path / f"to{step}" / "last.pt")["model"]["embed.weight"]
+        if expected is None:
+            torch.manual_seed(0)
+            expected = train.make_model(*parse([*map(str, SMALL)]), store)[0].embed.weight
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = expected * decay + weights * (1 - decay)
+    assert torch.allclose(saved["model"]["embed.weight"], expected, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
 # Ranks
 
 def steps_of_gradients(store_root, rank, ranks, batch, folder):
