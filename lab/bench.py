@@ -15,11 +15,11 @@ infer_cached  A further slice of a volume, its prompt encoded before. It is meas
               references, and against encoding the prompt again.
 volume        A volume of 100 slices of 256 x 256 with three classes, under one coloring, without
               files: with 100 prompt slices, and with one.
-loader        Steps fed by the loader from a prepared store, against steps on one batch that stays.
+samples       Samples a second of procedural tasks: made from the pool by the loader and the
+              device, a step on a batch that stays, and both together.
 memory        The peak of a training step, computed without running it (`cost`), against `authors`.
 store         A training sample (512 -> 448) from the prepared store, against reading one .nii.gz of
               512 x 512 x 100, which a sample costs without a store.
-synthetic     Procedural training samples, one process, one thread.
 
 `train.py --dry_run` says the plan of a run by `DryRun`. `needs_recompute` decides whether a
 training computes its activations again.
@@ -51,7 +51,6 @@ import vit
 from coloring import color
 from batches import Batch
 from data import BatchSampler, ContextSamples
-from lab import synthetic
 from objectives import LOSSES, pixel_loss
 from predict import answer_stack
 from recipe import Recipe
@@ -570,36 +569,28 @@ def small_store(folder):
     return Store(Path(folder) / "store"), root / "imagesTr" / "a_0000.nii.gz"
 
 
-def loader(setting):
-    """Seconds a training step fed by the loader, and on a batch that stays.
-
-    The ratio is what the loader costs; 1 is nothing.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = time_loader(setting, small_store(folder)[0])
-    return {"ours_s": round(statistics.median(seconds["real"]), 4),
-            "reference_s": round(statistics.median(seconds["fixed"]), 4),
-            "ratio": ratio(seconds, "real", "fixed"), "workers": setting.workers}
-
-
-def time_loader(setting, store):
-    """{fixed | real: [seconds, ...]}. The loader's processes end with this function."""
+def samples(setting):
+    """Samples a second of procedural tasks: made alone, a step on a batch that stays, and both."""
     s = setting
-    samples = ContextSamples(store, Recipe(objective="ar"), s.config)
+    drawn = ContextSamples(None, Recipe(datasets=("synthetic",), objective="ar", pool=50), s.config)
     model = make_model(s.config, "ours").to(s.device)
-    batches = iter(DataLoader(samples, batch_sampler=BatchSampler(0, 10 ** 6, s.batch),
-                              collate_fn=Batch.collate, num_workers=s.workers,
+    batches = iter(DataLoader(drawn, batch_sampler=BatchSampler(0, 10 ** 6, s.batch),
+                              collate_fn=drawn.collate, num_workers=s.workers,
                               pin_memory=s.device.type == "cuda",
                               persistent_workers=s.workers > 0))
-    kept = next(batches)
+
+    def make():
+        return drawn.make(next(batches).to(s.device), 0)
 
     def loss(batch):
-        batch = batch.to(s.device)
         labels = color(batch.labels, batch.palette, batch.colored)
         return batch_loss(model, replace(batch, labels=labels), "ar")
 
-    return in_turn(s.device, s.repeats, fixed=trainer(model, lambda: loss(kept), s),
-                   real=trainer(model, lambda: loss(next(batches)), s))
+    kept = make()
+    seconds = in_turn(s.device, s.repeats, data=make, step=trainer(model, lambda: loss(kept), s),
+                      both=trainer(model, lambda: loss(make()), s))
+    return {f"{name}_per_second": round(s.batch / statistics.median(values), 1)
+            for name, values in seconds.items()} | {"workers": s.workers}
 
 
 def memory(setting):
@@ -634,11 +625,12 @@ def from_store(setting):
     import nibabel
     with tempfile.TemporaryDirectory() as folder:
         store, scan = small_store(folder)
-        samples = ContextSamples(store, Recipe(), mvg.Config(**mvg.SIZES["large"]))
+        drawn = ContextSamples(store, Recipe(), mvg.Config(**mvg.SIZES["large"]))
         steps = iter(range(10 ** 9))
 
         def ten_samples():
-            return [samples[next(steps), 0] for _ in range(10)]
+            for step in (next(steps) for _ in range(10)):
+                drawn.make(drawn.collate([drawn[step, 0]]), step)
 
         def one_file():
             return np.asarray(nibabel.load(scan).dataobj)
@@ -649,18 +641,8 @@ def from_store(setting):
             "ratio": round(10 * ratio(seconds, "file", "store"), 1)}
 
 
-@single_thread
-def synthetic_rate(setting, tasks=24):
-    """Synthetic samples (prompt and task) a second and core at the model's size."""
-    start = time.perf_counter()
-    for i in range(tasks):
-        rng = np.random.default_rng([0, i])
-        synthetic.task(rng, 2, setting.config.image_size, i % 2 == 0)
-    return {"samples_per_second": round(tasks / (time.perf_counter() - start), 1)}
-
-
 PARTS = {"train_step": train_step, "infer_cached": infer_cached, "volume": volume,
-         "loader": loader, "memory": memory, "store": from_store, "synthetic": synthetic_rate}
+         "samples": samples, "memory": memory, "store": from_store}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -675,7 +657,7 @@ def make_parser():
     p.add_argument("--batch_size", type=int, default=1, help="samples or slices at once")
     p.add_argument("--repeats", type=int, default=7,
                    help="timed repetitions, after one that is not")
-    p.add_argument("--workers", type=int, default=1, help="loader processes of `loader`")
+    p.add_argument("--workers", type=int, default=1, help="loader processes of `samples`")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                    help="bfloat16 autocast (default: on with CUDA)")
     p.add_argument("--compile", action="store_true", help="torch.compile ours and the references")

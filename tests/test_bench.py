@@ -31,24 +31,23 @@ def test_bench_reports_ratios(capsys):
     result = json.loads(capsys.readouterr().out)
     assert list(result) == list(bench.PARTS)
     cached = result["infer_cached"]
-    for r in (result["train_step"], cached, *cached["again"].values(), result["loader"],
-              result["store"]):
+    for r in (result["train_step"], cached, *cached["again"].values(), result["store"]):
         assert r["ours_s"] > 0 and r["reference_s"] > 0 and r["ratio"] > 0
     assert result["volume"]["ours_s"] >= result["volume"]["shared_s"] / 2 > 0
     assert 0 < result["train_step"]["utilisation"] < 1
-    assert result["synthetic"]["samples_per_second"] > 0
+    assert all(result["samples"][f"{name}_per_second"] > 0 for name in ("data", "step", "both"))
     assert 0 < result["memory"]["recomputed_gb"] < result["memory"]["ours_gb"]
 
 
 def test_the_table_of_a_measurement(capsys):
     bench.main(["--model", "demo", "--image_size", "16", "--repeats", "1", "--device", "cpu",
-                "--only", "infer_cached", "synthetic"])
-    head, cached, *again, synthetic = capsys.readouterr().out.splitlines()
+                "--workers", "0", "--only", "infer_cached", "samples"])
+    head, cached, *again, rates = capsys.readouterr().out.splitlines()
     assert head.startswith("demo, image 16, fused, batch 1, float32, cpu")
     assert cached.startswith("infer_cached: ours_s 0.") and "reference_s" in cached
     assert [line.split(" encoded")[0] for line in again] == ["  1 prompt", "  2 prompts",
                                                              "  4 prompts"]
-    assert synthetic.startswith("synthetic: samples_per_second ")
+    assert rates.startswith("samples: data_per_second ")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ def test_a_dry_run_ends_when_it_is_asked_to(store, tmp_path, capsys, monkeypatch
 
 def test_the_shares_of_a_dry_run_are_those_of_the_draws(store):
     """A dataset of masks, one of images and the procedural tasks, which are of both kinds."""
-    recipe = Recipe(datasets=("synthetic",), synthetic_share=0.4, seg_share=0.7)
+    recipe = Recipe(datasets=("synthetic",), synthetic_share=0.4, seg_share=0.7, pool=4)
     store = Store(store.root, ["la", "Dataset802_MsT1ToFlair"])
     samples, said = ContextSamples(store, recipe, small("fused").config), []
     ranks = SimpleNamespace(device=torch.device("cpu"), count=1, say=said.append)
