@@ -35,6 +35,7 @@ EXPONENT = 30  # at most, of a bell: a CPU is slow with denormal numbers
 KNOTS = 16    # segments of a curve of intensities
 TISSUES = 64  # of a region map, at most
 ALL = np.arange(MAX_CLASSES)
+WANTED = (1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 12)  # how many classes a task asks for
 # Bumps of the random fields along a side, least and most: two of the warp, texture, bias, holes
 CELLS = (5, 5, 9, 5, 5), (10, 10, 28, 6, 10)
 TEXTURE, BIAS, HOLES = 2, 3, 4  # the random fields of a pair; the first two are its warp
@@ -177,11 +178,22 @@ def draw_image_task(rng, S, contrast=None, again=None):
     return [image, label]
 
 
+def draw_other_task(rng, S, contrast=None):
+    """Another task of the same masks: in another contrast, warped, for some of the classes, for
+    two or three as one, or for all that is not a class."""
+    few, as_one, swapped = rng.random(3)
+    return {"looks": [draw_look(rng, S, contrast)], "bend": np.float32(abs(rng.normal(0, 0.02))),
+            "wanted": int(rng.choice(WANTED)) if few < 0.5 else MAX_CLASSES,
+            "joined": int(rng.integers(1, 3)) if as_one < 0.2 else 0,
+            "swapped": np.float32(swapped < 0.1)}
+
+
 def draw_rest(rng, S, size, colored):
     """The numbers of a sample of S pairs beside its views and looks; those of a plain one.
 
     allowed     (256,) bool: the classes that may be asked for
-    wanted      at most so many of them; joined: so many of these share a gray
+    wanted      at most so many of them; joined: so many more share the gray of the first
+    swapped     1: black and white change places
     sizes       classes of which every pair shows so many pixels, least and most, come first
     regions     is the label sampled as classes are?
     endless     goes what is at the edge of a slice on outside?
@@ -190,7 +202,8 @@ def draw_rest(rng, S, size, colored):
     order, sums = draw_keys(rng)
     return {"size": size, "colored": colored, "regions": colored, "looks": [], "endless": False,
             "bend": np.float32(0), "allowed": (ALL > 0) & colored, "wanted": MAX_CLASSES,
-            "joined": 0, "sizes": np.float32([-1, 1e9]), "order": order, "sums": sums,
+            "joined": 0, "swapped": np.float32(0), "sizes": np.float32([-1, 1e9]),
+            "order": order, "sums": sums,
             "cells": rng.integers(*CELLS, (S, len(CELLS[0])))}
 
 
@@ -468,5 +481,6 @@ def choose_palettes(s, labels, recipe):
     least, most = rest["sizes"][:, :, None].unbind(1)
     low, high = area.aminmax(dim=1)
     order = rest["order"] + ((low < least) | (high > most))
-    return draw_palettes(asked, (order, rest["sums"]), recipe.coloring, rest["wanted"],
-                         rest["joined"], rest["offset"])
+    palettes = draw_palettes(asked, (order, rest["sums"]), recipe.coloring, rest["wanted"],
+                             rest["joined"], rest["offset"])
+    return (palettes - rest["swapped"][:, None]).abs()

@@ -11,7 +11,8 @@ from heapq import nsmallest
 import numpy as np
 from torch.utils.data import Dataset
 
-from batches import ALL, Slices, draw_crop, draw_look, draw_moves, draw_rest, make_batch
+from batches import (ALL, Slices, draw_crop, draw_image_task, draw_moves, draw_other_task,
+                     draw_rest, make_batch)
 from coloring import predefined_offsets
 from lab import synthetic
 from objectives import draw_hidden, switch
@@ -123,24 +124,28 @@ class ContextSamples(Dataset):
     def __getitem__(self, key):
         step, i = key
         objective, prompts, name, colored, rng = self.draw(step, i)
-        if name == SYNTHETIC:
-            case, k = step, i
+        case, k, source = step, i, name
+        if name == SYNTHETIC and self.cases and not colored and rng.random() < 0.5:
+            source = rng.choice(sorted(self.cases))  # an image task that is made of real slices
+        if source == SYNTHETIC:
             sample = synthetic.draw_sample(self.pool, prompts + 1, colored, rng)
         else:
-            case, k = (int(v) for v in self.slices[name][rng.integers(len(self.slices[name]))])
-            chosen = [self.draw_prompt(name, case, k, rng) for _ in range(prompts)]
-            chosen.append((self.cases[name][case], k))
+            slices = self.slices[source]
+            case, k = (int(v) for v in slices[rng.integers(len(slices))])
+            chosen = [self.draw_prompt(source, case, k, rng) for _ in range(prompts)]
+            chosen.append((self.cases[source][case], k))
             try:
-                sample = self.read(name, chosen, colored, rng)
+                sample = self.read(source, chosen, colored, rng) if source == name else \
+                    self.read_image_task(chosen, rng)
             except Exception as error:  # whatever a damaged store brings about
                 cases = ", ".join(f"{c.name} slice {s}" for c, s in chosen)
-                raise DataError(f"sample {i} of step {step} cannot be read, {name} {cases}: "
+                raise DataError(f"sample {i} of step {step} cannot be read, {source} {cases}: "
                                 f"{type(error).__name__}: {error}") from error
         offsets, total = self.predefined
         sample = {**draw_rest(rng, prompts + 1, self.image_size, colored), **sample,
                   "offset": np.float32([offsets.get(name, 0), total]),
                   "drop": rng.random((self.depth, 2), dtype=np.float32),
-                  "drawn": np.array([self.names.index(name), case, k])}
+                  "drawn": np.array([self.names.index(source), case, k])}
         if objective == "mim":
             tokens = (self.image_size // self.patch) ** 2
             sample["hidden"] = draw_hidden(rng, tokens, self.recipe.mask_ratio,
@@ -175,30 +180,36 @@ class ContextSamples(Dataset):
 
     def read(self, name, chosen, colored, rng):
         """What is drawn for the chosen slices [(case, k)] of a dataset, and the slices."""
-        recipe, S, sample = self.recipe, len(chosen), {}
-        near = colored and recipe.close_up and rng.random() < recipe.close_up
+        recipe, S, sample, near = self.recipe, len(chosen), {}, False
         pairs = [case.stored(k) for case, k in chosen]  # (image, label, valid), (H, W) each
         if self.fills_boxes(name):
             pairs = [(image, boxes.fill(case.index["boxes"], image.shape), valid)
                      for (image, _, valid), (case, _) in zip(pairs, chosen)]
-        views = [np.eye(3)] * S
-        if near:
-            views, only = close_ups([label for _, label, _ in pairs], rng)
+        views, alone = [np.eye(3)] * S, all(case is chosen[-1][0] for case, _ in chosen)
+        changed = recipe.augment and rng.random() < recipe.augment
+        if colored and recipe.superpixels and rng.random() < recipe.superpixels:
+            image, alone, changed = pairs[-1][0], True, True  # the slice prompts itself
+            pairs = [(image, synthetic.superpixels(image, rng), None)] * S
+        if colored and recipe.close_up and rng.random() < recipe.close_up:
+            near, (views, only) = True, close_ups([label for _, label, _ in pairs], rng)
             sample["allowed"] = (ALL > 0) & (ALL == only)
         if colored:
             views = [view @ draw_crop(self.image_size, rng) for view in views]
         else:
             pairs, views = draw_windows(pairs, self.image_size, rng)  # ours: at full resolution
-        if recipe.augment and rng.random() < recipe.augment:
-            alone = all(case is chosen[-1][0] for case, _ in chosen)
+        if changed:
             views = views @ draw_moves(rng, S, colored, apart=4 if alone else 1, near=near)
-            classes = len({c for case, k in chosen[:-1] for c in case.classes[k]})
-            if colored:
-                sample |= {"looks": [draw_look(rng, S)],
-                           "bend": np.float32(abs(rng.normal(0, 0.02)))}
-            if colored and classes > 1 and rng.random() < 0.5:
-                sample["wanted"] = int(rng.integers(1, classes))
+        if changed and colored:
+            sample |= draw_other_task(rng, S)
         return {"pairs": pairs, "views": np.stack(views), **sample}
+
+    def read_image_task(self, chosen, rng):
+        """An image task made of the chosen slices [(case, k)], whatever their labels are."""
+        images = [case.stored(k)[0] for case, k in chosen]
+        pairs = [(image, image, None) for image in images]
+        pairs, views = draw_windows(pairs, self.image_size, rng)
+        return {"pairs": pairs, "views": views @ draw_moves(rng, len(chosen), False),
+                "looks": draw_image_task(rng, len(chosen))}
 
     collate = staticmethod(Slices.collate)
 

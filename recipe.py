@@ -50,6 +50,7 @@ class Recipe:
     boxes: str = "lines"               # paper: boxes drawn on the image; filled: masks (ours)
     close_up: float = 0.0              # ours: share of masks seen from near (second_look.py)
     augment: float = 0.0               # paper: none; share of samples made into other tasks
+    superpixels: float = 0.0           # ours: share of masks that are regions of like gray
     # The data
     datasets: tuple = ()               # only these; synthetic adds the procedural tasks
     brats_pairs: tuple = ()            # authors: t1c:t2w t2w:t1c; what BraTS-GLI translates
@@ -107,8 +108,8 @@ CHOICES = {"model": (*SIZES, "unet"), "layout": tuple(LAYOUTS), "coloring": COLO
            "loss": ("smooth_l1", "l1", "l2"), "boxes": ("lines", "filled"),
            "optimizer": ("adamw", "muon"), "dataset_weights": ("equal", "size")}
 TINY, HUGE = 1e-12, 1e12
-RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment close_up", 0, 1,
-           "a share is from 0 to 1"),
+RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment superpixels close_up",
+           0, 1, "a share is from 0 to 1"),
           ("mask_ratio data_fraction layer_decay", TINY, 1, "above 0, at most 1"),
           ("drop_path average", 0, 0.99999, "a rate is from 0 to below 1"),
           ("image_size batch_size accumulate cases pool lr beta clip", TINY, HUGE,
@@ -122,7 +123,8 @@ FLAGS = ("datasets model image_size layout init objective coloring mask_ratio nu
 # --finetune takes the first from its model, and the second unless something else is asked for.
 OF_THE_MODEL = "model image_size layout positions qk_norm gate drop_path init".split()
 OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss beta "
-                 "background_weight balance boxes close_up augment optimizer average").split()
+                 "background_weight balance boxes close_up augment superpixels "
+                 "optimizer average").split()
 
 
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,

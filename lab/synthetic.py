@@ -27,13 +27,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from batches import ALL, draw_contrast, draw_image_task, draw_look, draw_moves, view_of
+from batches import (ALL, WANTED, draw_contrast, draw_image_task, draw_moves, draw_other_task,
+                     view_of)
 from scans.store import in_processes, usable_cores
 
 VERSION = 1
 SUBJECTS = 4   # of every task
 MARGIN = 1.25  # a map shows so much more than the view, for zooming and turning
-WANTED = (1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 12)  # how many structures a task asks for
 THINGS = 3     # tissues of things that only one subject has
 SHAPES = ("blob", "blob", "blob", "ring", "crescent", "tube", "mirrored", "parted", "chambers")
 
@@ -113,14 +113,37 @@ def draw_sample(pool, S, colored, rng):
     subjects = rng.choice(SUBJECTS, S, replace=S > SUBJECTS)
     maps = [pool.read(task, subject) for subject in subjects]
     contrast, other = (draw_contrast(rng, pool.layered[task]) for _ in range(2))
-    looks = draw_image_task(rng, S, contrast, other)
-    return {"pairs": [(regions, regions, None) for regions in maps],
-            "looks": [draw_look(rng, S, contrast)] if colored else looks,
+    task_of = draw_other_task(rng, S, contrast)
+    if not colored:
+        task_of["looks"] = draw_image_task(rng, S, contrast, other)
+    return {**task_of, "pairs": [(regions, regions, None) for regions in maps],
             "views": view_of((0.5, 0.5), (1 / MARGIN,) * 2) @ draw_moves(rng, S, True, 0.3, True),
-            "bend": np.float32(abs(rng.normal(0, 0.03))), "regions": True, "endless": True,
+            "regions": True, "endless": True, "wanted": int(rng.choice(WANTED)),
             "allowed": (ALL > 0) & (ALL < pool.classes[task]) & colored,
-            "wanted": rng.choice(WANTED), "joined": int(rng.random() < 0.1),
             "sizes": np.float32([0.002, 0.5]) * np.float32(size ** 2)}
+
+
+def superpixels(picture, rng, side=96):
+    """Regions of like gray in a slice (H, W) as classes 1, 2, ...: a task without a label.
+
+    Felzenszwalb's graph-based segmentation at a random scale, of the slice reduced to about `side`
+    pixels, as SSL-ALPNet (Ouyang et al. 2020) and ScribblePrompt train with. What is nearly black,
+    or more than half of the slice, is background. Needs scikit-image.
+    """
+    from skimage.segmentation import felzenszwalb
+    step = max(1, round(max(picture.shape) / side))
+    h, w = (n // step for n in picture.shape)
+    small = picture[:h * step, :w * step].reshape(h, step, w, step).mean((1, 3)) / 65535
+    scale, sigma = math.exp(rng.uniform(math.log(20), math.log(400))), rng.uniform(0.5, 1.4)
+    least = max(8, small.size // int(rng.integers(80, 400)))
+    regions = felzenszwalb(small, scale, sigma, min_size=least)
+    gray, size = (np.bincount(regions.flat, weights) for weights in (small.flat, None))
+    kept = np.flatnonzero((gray > 0.03 * size) & (size < small.size / 2))[:255]
+    number = np.zeros(len(size), np.uint8)
+    number[kept] = np.arange(1, len(kept) + 1)
+    rows, columns = (np.minimum(np.arange(n) // step, m - 1)
+                     for n, m in zip(picture.shape, (h, w)))
+    return number[regions][rows[:, None], columns]
 
 
 # -------------------------------------------------------------------------------------------------

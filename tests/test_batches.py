@@ -246,6 +246,11 @@ def test_of_a_procedural_task_structures_that_all_pairs_show_come_first():
     assert seen == {(1,), (2,)}  # of a slice with a label, any class of the prompt
 
 
+def test_black_and_white_may_change_places():
+    plain, swapped = (made(sample_of([square()], swapped=np.float32(x))) for x in (0, 1))
+    assert torch.allclose(swapped.palette, 1 - plain.palette)
+
+
 # -------------------------------------------------------------------------------------------------
 # Procedural tasks
 
