@@ -128,6 +128,7 @@ OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring l
 
 
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,
+       "minutes": None,
        "workers": None, "recompute": None, "compile": False, "log_every": 20, "save_every": 500}
 
 
@@ -150,6 +151,7 @@ def make_parser():
         help="any field of the recipe")
     add("--epochs", type=float, help="an epoch is all training slices once (default: 100, paper)")
     add("--steps", type=int, help="number of steps, instead of --epochs")
+    add("--minutes", type=float, help="wall time, instead of --epochs; the schedule follows it")
     add("--stop_at", type=int, help="stop after this step, the schedule unchanged")
     add("--resume", nargs="?", const="", metavar="CKPT",
         help="go on from the last.pt of --out, or from this one")
@@ -193,10 +195,10 @@ def parse(argv=None):
         run = {**RUN, **before, "out": str(Path(path).parent), **typed, "resume": path}
     elif args.finetune:
         recipe = finetuned_recipe(args.finetune, changes)
-        run = {**RUN, **({} if args.epochs else {"steps": 300}), **typed}
+        run = {**RUN, **({} if args.epochs or args.minutes else {"steps": 300}), **typed}
     else:
         recipe, run = Recipe(**changes), {**RUN, **typed}
-    for name in ("epochs", "steps", "stop_at", "log_every", "save_every"):
+    for name in ("epochs", "steps", "minutes", "stop_at", "log_every", "save_every"):
         if run.get(name) is not None and run[name] <= 0:
             raise DataError(f"--{name} is {run[name]}: it must be above 0")
     run = {name: value for name, value in run.items() if name not in FLAGS and name != "set"}

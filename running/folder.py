@@ -27,6 +27,7 @@ from running.checkpoints import load_checkpoint
 from scans.volumes import DataError, write_json
 
 OBJECTIVES = ("mim", "ar")
+UNKNOWN = 10 ** 7  # steps
 
 
 class LossLog:
@@ -88,6 +89,9 @@ class Run:
         self.ranks, self.model, self.out = ranks, model, Path(args.out)
         self.batch = recipe.batch_size * recipe.accumulate * ranks.count
         self.steps = args.steps or max(1, round(args.epochs * len(samples) / self.batch))
+        if args.minutes:  # until the first log line nobody knows how many steps they are
+            self.steps = UNKNOWN
+        self.spent, self.begun = 0.0, time.time()  # seconds: before a --resume, and since when
         self.stop = min(self.steps, args.stop_at or self.steps)
         self.step, self.best, self.ended = 0, -math.inf, False
         self.log, self.unwritten = LossLog(samples.names, ranks.device), []
@@ -123,8 +127,9 @@ class Run:
         layout = f"layout {c.layout}" if isinstance(self.model, mvg.MVG) else "a U-Net"
         again = ", activations computed again" if self.model.recompute else ""
         say(f"{self.args.finetune or self.recipe.model}: {millions:.1f} M parameters, image "
-            f"{c.image_size}, patch {c.patch}, {layout}{again}; {self.steps} steps, "
-            f"run folder {self.out}")
+            f"{c.image_size}, patch {c.patch}, {layout}{again}; "
+            + (f"{self.args.minutes:g} minutes, " if self.args.minutes else f"{self.steps} steps, ")
+            + f"run folder {self.out}")
 
     def restore(self, optimizers):
         path, model, ranks = self.args.resume, self.model, self.ranks
@@ -143,7 +148,7 @@ class Run:
         model.load_state_dict(saved.get("trained", saved["model"]))
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        self.step, self.best = saved["step"], saved["best"]
+        self.step, self.best, self.spent = saved["step"], saved["best"], saved.get("spent", 0.0)
         ranks.say(f"going on from step {self.step} of {path}")
 
     def open_folder(self):
@@ -191,6 +196,9 @@ class Run:
         total, left_out, ending = self.log.read(interrupted, self.ranks.distributed)
         steps, self.step = self.log.steps, step
         rate = steps / (time.time() - self.since)  # steps a second
+        self.ended = ending
+        if self.args.minutes:
+            self.follow_the_clock(rate)
         losses = {}
         for (objective, name), (error, count) in zip(self.log.rows, total):
             if count:
@@ -200,7 +208,6 @@ class Run:
         self.line = {"step": step, "of": self.steps, "loss": round(mean, 6), "losses": losses,
                      "lr": lr, "samples_per_second": round(rate * self.batch, 2),
                      "skipped": int(left_out)}
-        self.ended = ending
         if ending:
             self.line["stopped"] = True
         parts = [f"{o} " + " ".join(f"{n} {v:.4f}" for n, v in by.items())
@@ -212,6 +219,18 @@ class Run:
             self.name_the_broken(int(left_out / self.ranks.count), all_of_them=not count)
         self.log.forget()
         self.since = time.time()
+
+    def follow_the_clock(self, rate):
+        """With --minutes: how many steps there will be, at `rate` a second; the same on all ranks.
+
+        The learning rate follows, and the run ends with the time.
+        """
+        left = self.args.minutes * 60 - self.spent - (time.time() - self.begun)
+        steps = torch.tensor([self.step + max(0, round(left * rate))], device=self.ranks.device)
+        if self.ranks.distributed:
+            dist.broadcast(steps, 0)
+        self.steps = int(steps)
+        self.ended = self.ended or self.steps == self.step
 
     def name_the_broken(self, steps, all_of_them):
         self.ranks.say(f"{steps} of the last steps had a loss or gradient that is not finite "
@@ -261,7 +280,7 @@ class Run:
 
     def save(self, optimizers):
         state = {"step": self.step, "ranks": self.ranks.count, "recipe": asdict(self.recipe),
-                 "run": vars(self.args)}
+                 "run": vars(self.args), "spent": self.spent + time.time() - self.begun}
         if self.is_best:
             mvg.save(self.out / "best.pt", self.shown, score=self.best, **state)
             self.is_best = False

@@ -657,6 +657,25 @@ def test_learning_rate_by_hand():
 
 
 # -------------------------------------------------------------------------------------------------
+# A run of so many minutes
+
+def test_a_run_of_so_many_minutes_ends_with_them_and_its_schedule(store, tmp_path):
+    """Nine seconds: the learning rate rises and falls to nearly 0 within it."""
+    begun = time.time()
+    run(store, tmp_path / "r", "--minutes", "0.15")
+    log = read_log(tmp_path / "r")
+    assert 8 < time.time() - begun < 60 and len(log) > 4
+    rates = [line["lr"] for line in log]
+    assert max(rates) > 0.5e-3 and rates[-1] < 0.2 * max(rates)
+    saved = load_checkpoint(tmp_path / "r" / "last.pt")
+    assert saved["step"] == log[-1]["step"] == log[-1]["of"] and saved["spent"] >= 8
+    more = ["--resume", str(tmp_path / "r" / "last.pt"), "--minutes", "0.25"]
+    train.main(more)  # a tenth of a minute is left
+    again = load_checkpoint(tmp_path / "r" / "last.pt")
+    assert again["step"] > saved["step"] and 14 <= again["spent"] < 40
+
+
+# -------------------------------------------------------------------------------------------------
 # The moving average of the weights
 
 def test_the_average_of_the_weights_is_what_is_kept_and_resumed(store, tmp_path):
