@@ -4,6 +4,7 @@ phantom.py      stand-ins: invented anatomies in the native layouts of 19 datase
 synthetic.py    invented anatomies for training, drawn once as a pool of region maps
 unet.py         the specialist to compare with, a plain U-Net
 bench.py        speed, memory and the cost of a training run
+pack.py         a prepared store made small, for a GPU machine without scans
 loose_scans.py  nnU-Net folders from the loose real scans
 
 A program of this package runs by `python -m lab.NAME`.

@@ -509,10 +509,14 @@ class StoredCase:
     height: float = None
 
     def stored(self, k: int) -> tuple:
-        """Slice k as it is stored: image, label, valid (bool, or None), (H, W) each."""
+        """Slice k as it is stored: image, label, valid (bool, or None), (H, W) each.
+
+        A packed store (lab/pack.py) has images of 8 bits; they come as 16.
+        """
         names = ["image", "label"] + ["valid"] * self.index["valid"]
         image, label, *valid = (np.load(self.folder / f"{n}.npy", mmap_mode="r")[k] for n in names)
-        return np.asarray(image), np.asarray(label), valid[0] > 0 if valid else None
+        image = image * np.uint16(257) if image.dtype == np.uint8 else np.asarray(image)
+        return image, np.asarray(label), valid[0] > 0 if valid else None
 
     def read(self, k: int) -> tuple:
         """Slice k: image (H, W) float32 in [0, 1], label (H, W) float32, valid (H, W) bool or None.
