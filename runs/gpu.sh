@@ -15,7 +15,7 @@ $python train.py --store "$store" --model pocket --coloring binary --optimizer m
     --minutes "${MINUTES:-14}" --seg_share 0.7 --augment 0.8 --synthetic_share 0.3 \
     --batch_size "${BATCH:-256}" --set loss=l2 background_weight=0.2 balance=true hide_label=0.8 \
     gate=true drop_path=0 close_up=0.35 boxes=filled superpixels=0.25 average=0.999 \
-    pool="${POOL:-20000}" --log_every 20 --save_every 200 --out "${OUT:-runs/gpu}" "$@"
+    pool="${POOL:-8000}" --log_every 20 --save_every 200 --out "${OUT:-runs/gpu}" "$@"
 # What is shipped: the averaged weights in 16 bits, without the optimizer.
 $python - "${OUT:-runs/gpu}" <<'END'
 import sys, torch
