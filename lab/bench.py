@@ -87,7 +87,7 @@ class Decomposed(nn.Module):
         self.distance = nn.ParameterList(
             nn.Parameter(0.02 * torch.randn(2 * n - 1, width // heads)) for n in (h, w))
 
-    def forward(self, x, plan=None, angles=None, past=None):
+    def forward(self, x, plan, turn=None, past=None):
         B, E, T, D = x.shape
         h, w = self.grid
         qkv = self.qkv(x).view(B * E, T, 3, self.heads, -1)
@@ -115,7 +115,7 @@ class Masked(nn.Module):
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x, plan=None, angles=None, past=None):
+    def forward(self, x, plan, turn=None, past=None):
         B, E, N, D = x.shape
         q, k, v = self.qkv(x).view(B, E * N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         element = torch.arange(E, device=x.device).repeat_interleave(N)
@@ -156,7 +156,7 @@ class Reference(nn.Module):
             x = torch.stack([x.flatten(1, 2), y.flatten(1, 2)], 1)  # two stacks: (B, 2, 2 N, D)
         features = []
         for i, block in enumerate(self.blocks):
-            x, _ = block(x, None)
+            x, _ = block(x, mvg.together(range(x.shape[1])))
             if self.way == "authors" and i + 1 == self.config.fuse_at:
                 x = x.mean(1, keepdim=True)                         # (B, 1, 2 N, D)
             if i in self.taps:
