@@ -23,7 +23,7 @@ from recipe import parse
 from running.checkpoints import load_vit
 from running.folder import Run
 from running.muon import Muon
-from running.ranks import Interrupts, Ranks, use_bf16
+from running.ranks import Interrupts, Ranks, compile_if_it_works, use_bf16
 from scans.datasets import SYNTHETIC
 from scans.store import Store, default_store, open_store
 from scans.volumes import DataError, command_line
@@ -173,9 +173,7 @@ def main(argv=None):
     else:
         run = Run(args, recipe, samples, ranks, model)
     run.start(optimizers)
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # DDP cannot split recomputed blocks
-        model.compile()
+    compile_if_it_works(model, args.compile, ranks, bf16)
     train(run, losses, optimizers, bf16)
     return run.end()
 
@@ -206,7 +204,8 @@ def train(run, losses, optimizers, bf16):
             run.log.end_step(broken)
             if (step + 1) % run.args.log_every == 0 or step + 1 == run.stop:
                 run.report(step + 1, lr, interrupted=bool(interrupts.noted))  # waits for the device
-                run.write(optimizers)
+                with torch.compiler.set_stance("force_eager"):  # other shapes: nothing compiles
+                    run.write(optimizers)
                 if run.ended:
                     break
 

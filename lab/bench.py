@@ -58,7 +58,7 @@ from recipe import Recipe
 from report import clock
 from running.checkpoints import pick_device
 from running.folder import Run
-from running.ranks import use_bf16
+from running.ranks import compile_blocks, use_bf16
 from scans.datasets import find
 from scans.store import Store, prepare
 from scans.volumes import command_line
@@ -439,7 +439,7 @@ class Setting:
     repeats: int      # timed repetitions, after one that is not
     bf16: bool        # bfloat16 autocast
     workers: int      # loader processes
-    compile: bool     # torch.compile, in train_step
+    compile: bool     # torch.compile of every block, in train_step
     recompute: bool   # activations computed again, in train_step
 
     def autocast(self):
@@ -494,7 +494,7 @@ def train_step(setting):
     models |= {way: make_model(config, way).to(device) for way in REFERENCES}
     if setting.compile:
         for model in {id(m): m for m in models.values()}.values():
-            model.compile()
+            compile_blocks(model)
     steps = {name: trainer(model, partial(batch_loss, model, batch, name), setting)
              for name, model in models.items()}
     seconds = in_turn(device, setting.repeats, **steps)
@@ -703,7 +703,8 @@ def make_parser():
     p.add_argument("--workers", type=int, default=1, help="loader processes of `loader`")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                    help="bfloat16 autocast (default: on with CUDA)")
-    p.add_argument("--compile", action="store_true", help="torch.compile ours and the references")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile every block, of ours and of the references")
     p.add_argument("--recompute", action="store_true",
                    help="train_step with activation checkpointing")
     p.add_argument("--device", help="cpu, mps, cuda ... (default: the best there is)")

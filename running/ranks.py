@@ -1,4 +1,4 @@
-"""The processes of a training: ranks, device, number format, and requests to stop."""
+"""The processes of a training: ranks, device, number format, compilation, requests to stop."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from running.checkpoints import pick_device
+from running.checkpoints import first_line, pick_device
 
 
 class Ranks:
@@ -48,6 +48,37 @@ def use_bf16(recipe, ranks):
         ranks.say("bf16: this CPU has no bfloat16 arithmetic; float32 it is")
         return False
     return asked
+
+
+def compile_blocks(model):
+    """Let torch compile every block by itself, which takes seconds; a whole model takes minutes."""
+    torch._dynamo.config.recompile_limit = 64   # all blocks share a graph for every plan
+    torch._dynamo.config.optimize_ddp = False   # a block is not split among DDP's buckets
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def compile_if_it_works(model, asked, ranks, bf16):
+    """Compile the blocks of a ViT if `asked`, None: with CUDA; and say so.
+
+    One block is tried before, forward and backward. Where that fails all stay as they are.
+    """
+    asked = ranks.device.type == "cuda" if asked is None else asked
+    if not asked or not hasattr(model, "blocks"):
+        return
+    side, width = model.config.image_size, model.config.width
+    x = torch.zeros(1, 1, model.side ** 2, width, device=ranks.device, requires_grad=True)
+    try:
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
+            turn = model.grid(torch.zeros(1, side, side, device=ranks.device)).turn
+            block = torch.compile(model.blocks[0], dynamic=False)
+            answer, _ = block(x, [((0,), (0,))], turn)
+        torch.autograd.grad(answer.sum(), x)
+    except Exception as error:  # of a compiler that is not there, or of any of its parts
+        ranks.say(f"blocks are not compiled: {first_line(error)}")
+        return
+    compile_blocks(model)
+    ranks.say("blocks are compiled: the first steps take seconds longer (--no-compile: not)")
 
 
 class Interrupts:

@@ -656,6 +656,50 @@ def test_learning_rate_by_hand():
 
 
 # -------------------------------------------------------------------------------------------------
+# Compiled blocks
+
+def test_compiled_blocks_train_the_same_model(store, tmp_path, monkeypatch, capsys):
+    """Recomputed too. Graphs are made in steps, and none while checkpoint and pictures are."""
+    graphs, compiler, write = [], torch.compile, folder.Run.write
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def written(self, optimizers):
+        before = len(graphs)
+        write(self, optimizers)
+        assert len(graphs) == before > 2  # one of the attempt, and those of the steps
+
+    how = ["--steps", "4", "--num_prompts", "1-2", "--save_every", "2"]
+    plain = run(store, tmp_path / "a", *how)
+    assert "blocks are" not in capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiler(*a, backend=backend, **k))
+    monkeypatch.setattr(folder.Run, "write", written)
+    for name, more in (("b", []), ("c", ["--recompute"])):
+        torch._dynamo.reset()
+        graphs.clear()
+        compiled = run(store, tmp_path / name, *how, "--compile", *more)
+        assert "blocks are compiled" in capsys.readouterr().out
+        both = zip(plain.parameters(), compiled.parameters(), strict=True)
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in both)
+        assert len(graphs) < 12  # one for every plan, and not for every block
+    assert plain.state_dict().keys() == weights(tmp_path / "c" / "last.pt").keys()
+
+
+def test_what_cannot_be_compiled_is_trained_without(store, tmp_path, monkeypatch, capsys):
+    def broken(*args, **more):
+        raise RuntimeError("no compiler here\nand so on")
+
+    plain = run(store, tmp_path / "a", "--steps", "1")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert equal(plain, run(store, tmp_path / "b", "--steps", "1", "--compile"))
+    assert "blocks are not compiled: no compiler here\n" in capsys.readouterr().out
+    run(store, tmp_path / "c", "--steps", "1", "--compile", "--model", "unet", "--datasets", "la")
+    assert "blocks are" not in capsys.readouterr().out  # a U-Net has no blocks
+
+
+# -------------------------------------------------------------------------------------------------
 # Ranks
 
 def steps_of_gradients(store_root, rank, ranks, batch, folder):
