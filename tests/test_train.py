@@ -27,7 +27,7 @@ from conftest import FIVE, REAL, ROOT
 from fakes import failure
 from objectives import LOSSES
 from recipe import Recipe, parse
-from running import folder
+from running import folder, muon
 from running.checkpoints import load_checkpoint
 from running.muon import Muon, orthogonal
 from scans.datasets import find
@@ -130,9 +130,38 @@ def test_muon_is_that_of_torch_without_its_rounding():
             optimizer.step()
     for p, q, s in zip(ours, theirs, start):
         assert (p - q).norm() < 0.03 * (p - s).norm() and (p - s).norm() > 0.5
-    values = torch.linalg.svdvals(orthogonal(torch.randn(32, 20, generator=rng)))
+    values = torch.linalg.svdvals(orthogonal(torch.randn(1, 32, 20, generator=rng)))
     assert 0.5 < values.min() and values.max() < 1.5
-    assert torch.equal(orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
+    assert torch.equal(orthogonal(torch.zeros(1, 3, 5)), torch.zeros(1, 3, 5))
+
+
+def test_muon_takes_matrices_of_one_shape_together():
+    """In one batch of products, with the result of each alone."""
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=rng) for shape in ((8, 24), (24, 8), (8, 24), (8, 24))]
+    gradients = [[torch.randn(p.shape, generator=rng) for p in start] for _ in range(3)]
+    batches, steps = [], muon.orthogonal
+
+    def watched(matrices):
+        batches.append(tuple(matrices.shape))
+        return steps(matrices)
+
+    def trained(matrices, numbers):
+        matrices = [torch.nn.Parameter(p.clone()) for p in matrices]
+        optimizer = Muon(matrices, lr=0.1)
+        for now in gradients:
+            for p, i in zip(matrices, numbers):
+                p.grad = now[i].clone()
+            optimizer.step()
+        return matrices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "orthogonal", watched)
+        together = trained(start, range(4))
+    assert batches == 3 * [(3, 8, 24), (1, 24, 8)]
+    for i, p in enumerate(together):
+        (alone,) = trained([start[i]], [i])
+        assert torch.allclose(p, alone, atol=1e-5) and not torch.allclose(p, start[i], atol=0.05)
 
 
 def test_muon_gets_the_matrices_of_the_blocks():
