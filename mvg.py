@@ -166,15 +166,15 @@ class MVG(ViT):
 
     def place(self, tokens, stream, grid):
         """Add positions and stream to tokens (B, E, N, D) that all belong to one stream."""
-        return tokens + self.positions(grid) + self.stream[stream]
+        return tokens + (self.positions(grid) + self.stream[stream])
 
     def hide(self, tokens, hidden):
         """Put the mask token where `hidden` (B, E, N) is True."""
         return torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
 
-    def paint(self, features, grid, elements=slice(None)):
+    def paint(self, features, grid):
         """{block: (B, E, N, D)} -> (B, E, halves, H, W), and one channel more for the gate."""
-        maps = [features[i][:, elements] for i in self.taps]
+        maps = [features[i] for i in self.taps]
         B, E = maps[0].shape[:2]
         painted = self.recomputed(self.head, [m.flatten(0, 1) for m in maps], grid.h, grid.w)
         return painted.unflatten(0, (B, E))
@@ -250,8 +250,9 @@ class Sequence(MVG):
         x = torch.cat([interleave(images[:, :-1], labels), images[:, -1:]], 1)
         roles = [PROMPT] * (2 * S - 2) + [QUERY]
         x = x + self.role[roles, None]                                    # (B, 2S - 1, N, D)
-        _, features = self.run(x, causal(range(2 * S - 1)), range(self.config.depth), grid)
-        painted = self.paint(features, grid, slice(2, None, 2))           # (B, S - 1, 1, H, W)
+        _, features = self.run(x, causal(range(2 * S - 1)), range(self.config.depth),
+                               grid._replace(asked=range(2, 2 * S - 1, 2)))
+        painted = self.paint(features, grid)                              # (B, S - 1, 1, H, W)
         return painted + 0 * self.mask_token.sum()  # DDP waits for its gradient
 
     def encode(self, images, labels, grid):
@@ -274,14 +275,14 @@ class Fused(MVG):
         super().__init__(config)
         self.two_streams, self.fused = range(config.fuse_at), range(config.fuse_at, config.depth)
 
-    def finish(self, features, grid, elements, pixels, visible=1.0):
-        """Both halves of some pairs, (B, E, 2, H, W), from features.
+    def finish(self, features, grid, pixels, visible=1.0):
+        """Both halves of some pairs, (B, E, 2, H, W), from their features.
 
         With `gate` (ours) every pixel of a label is painted or copied from the pair's image, as
         the gate says: what a denoised or inpainted image shares with its input need not pass
         through the tokens. pixels: the pairs' images (B, E, 1, H, W); visible: 1 where shown.
         """
-        painted = self.paint(features, grid, elements)
+        painted = self.paint(features, grid)
         if not self.config.gate:
             return painted
         image, label, gate = painted.split(1, 2)
@@ -302,7 +303,7 @@ class Fused(MVG):
         x = (x[:, :2] + x[:, 2:]) / 2 + self.role[:, None]  # (B, 2, N, D): prompt, query
         _, features = self.run(x, together((0, 1)), self.fused, grid)
         visible = 1 - to_pixels(hidden[:, 0::2], pixels.shape[-2:])
-        painted = self.finish(features, grid, slice(None), pixels[:, 0::2], visible)
+        painted = self.finish(features, grid, pixels[:, 0::2], visible)
         return to_canvas(painted.flatten(1, 2).unsqueeze(2).contiguous())
 
     def paint_labels(self, images, labels, drop=None):
@@ -326,8 +327,9 @@ class Fused(MVG):
         query = (x[:, 1:n + 1] + x[:, 2 * n + 1:]) / 2 + self.role[QUERY]     # q_2 .. q_(n+1)
         z, q = range(n), range(n, 2 * n)
         plan = causal(z) + [((e,), [*z[:i + 1], e]) for i, e in enumerate(q)]
-        _, features = self.run(torch.cat([context, query], 1), plan, self.fused, grid)
-        return self.finish(features, grid, slice(n, None), pixels)[:, :, 1:]  # the label halves
+        x = torch.cat([context, query], 1)
+        _, features = self.run(x, plan, self.fused, grid._replace(asked=q))
+        return self.finish(features, grid, pixels)[:, :, 1:]  # the label halves
 
     def blank(self, like, count, grid):
         """Labels of which every patch is hidden, (B, count, N, D)."""
@@ -341,7 +343,7 @@ class Fused(MVG):
         x = torch.cat([images, labels, self.blank(images, 1, grid)], 1)  # (B, 2n + 1, N, D)
         plan = causal(range(n)) + causal(range(n, 2 * n + 1))
         x, _ = self.run(x, plan, self.two_streams, grid, memory=memory)
-        memory = [(keys[:n], values[:n]) for keys, values in memory]  # of the images
+        memory = [(keys[:, :n], values[:, :n]) for keys, values in memory]  # of the images
         context = (x[:, :n] + x[:, n:2 * n]) / 2 + self.role[PROMPT]
         self.run(context, causal(range(n)), self.fused, grid, memory=fused_memory)
         return {"memory": memory, "fused": fused_memory, "blank": x[:, 2 * n:]}
@@ -352,7 +354,7 @@ class Fused(MVG):
         x, _ = self.run(tokens, plan, self.two_streams, grid, past=cache["memory"])
         x = (x + cache["blank"]) / 2 + self.role[QUERY]
         _, features = self.run(x, plan, self.fused, grid, past=cache["fused"])
-        return self.finish(features, grid, slice(None), pixels)[:, :, 1:]  # the label halves
+        return self.finish(features, grid, pixels)[:, :, 1:]  # the label halves
 
 
 LAYOUTS = {"fused": Fused, "sequence": Sequence}

@@ -128,8 +128,8 @@ OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring l
 
 
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,
-       "minutes": None,
-       "workers": None, "recompute": None, "compile": False, "log_every": 20, "save_every": 500}
+       "minutes": None, "workers": None, "recompute": None, "compile": None, "log_every": 20,
+       "save_every": 500}
 
 
 def make_parser():
@@ -162,7 +162,7 @@ def make_parser():
     add("--recompute", action=argparse.BooleanOptionalAction,
         help="compute activations again (default: where a GPU's memory is too small)")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile: minutes at the start, faster steps on a GPU (default: no)")
+        help="torch.compile every block: faster steps on a GPU (default: with CUDA)")
     add("--log_every", type=int, help="steps between log lines (default: 20)")
     add("--save_every", type=int, help="steps between checkpoints (default: 500)")
     add("--dry_run", action="store_true", help="say what the run draws, needs and takes, then stop")

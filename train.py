@@ -12,21 +12,18 @@ for bit on a CPU. `--dry_run` says what a run will cost.
 import math
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import mvg
 from coloring import color
 from data import BatchSampler, ContextSamples
-from lab.synthetic import open_pool
 from objectives import LOSSES
 from recipe import parse
 from running.checkpoints import load_vit
 from running.folder import Run
 from running.muon import Muon
-from running.ranks import Interrupts, Ranks, use_bf16
-from scans.datasets import SYNTHETIC
-from scans.store import Store, default_store, open_store
+from running.ranks import (Interrupts, Ranks, compile_if_it_works, find_data, find_pool,
+                           use_bf16)
 from scans.volumes import DataError, command_line
 
 
@@ -85,32 +82,6 @@ def update(optimizers, broken):
 # -------------------------------------------------------------------------------------------------
 # The parts of a run
 
-def find_data(args, recipe, ranks):
-    """The prepared store, or None for the procedural tasks alone.
-
-    The first rank prepares it and the others wait to hear what it found. A rank never raises
-    alone: where something is wrong all end, and the first one says why.
-    """
-    names = [n for n in recipe.datasets if n != SYNTHETIC]
-    if recipe.datasets and not names:
-        return None
-    store, found, problem = None, None, None
-    if ranks.main:
-        try:
-            store = open_store(args.data_root, args.store, names, recipe.brats_pairs, recipe.strict)
-            found = list(store.datasets)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    if ranks.distributed:
-        said = [found, problem]
-        on = ranks.device if ranks.device.type == "cuda" else None
-        dist.broadcast_object_list(said, device=on)
-        found, problem = said
-    if problem:
-        raise DataError(problem) if ranks.main else SystemExit(2)
-    return store or Store(args.store or default_store(args.data_root), found)
-
-
 def make_model(args, recipe, store):
     """The model of a run with its first weights, and the losses that train it."""
     names = ("layout", "positions", "qk_norm", "gate", "drop_path")
@@ -128,17 +99,6 @@ def make_model(args, recipe, store):
             load_vit(model, recipe.init)
     model.config.max_prompts = max(model.config.max_prompts, recipe.prompt_range[1])
     return model, LOSSES
-
-
-def find_pool(args, recipe, ranks, image_size):
-    """The pool of procedural tasks, kept beside the store, or None. The first rank draws it."""
-    if not recipe.synthetic:
-        return None
-    folder = args.store or (default_store(args.data_root) if args.data_root else "store")
-    pool = open_pool(folder, recipe.pool, image_size) if ranks.main else None
-    if ranks.distributed:
-        dist.barrier()
-    return pool or open_pool(folder, recipe.pool, image_size)
 
 
 def make_batches(samples, first, stop, workers, ranks):
@@ -186,9 +146,7 @@ def main(argv=None):
     else:
         run = Run(args, recipe, samples, ranks, model)
     run.start(optimizers)
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # DDP cannot split recomputed blocks
-        model.compile()
+    compile_if_it_works(model, args.compile, ranks, bf16)
     train(run, losses, optimizers, bf16)
     return run.end()
 
@@ -220,7 +178,8 @@ def train(run, losses, optimizers, bf16):
             run.log.end_step(broken)
             if (step + 1) % run.args.log_every == 0 or step + 1 == run.stop:
                 run.report(step + 1, lr, interrupted=bool(interrupts.noted))  # waits for the device
-                run.write(optimizers)
+                with torch.compiler.set_stance("force_eager"):  # other shapes: nothing compiles
+                    run.write(optimizers)
                 if run.ended:
                     break
 

@@ -27,36 +27,47 @@ ROPE_BASE = 100.0  # ours; over a side of 28 tokens the slowest rotation turns b
 # -------------------------------------------------------------------------------------------------
 # Rotary positions
 
-def rope_angles(h, w, head_dim, trained_side, device):
-    """Axial rotary angles of h x w tokens, (N, head_dim / 2): one half for y, one for x.
+def rope(h, w, head_dim, trained_side, like):
+    """Axial rotary positions of h x w tokens: cosines and signed sines, 2 x (N, 1, head_dim).
 
-    An image of another size is stretched onto the trained side of `trained_side` tokens.
+    Half of the frequencies turn by y, half by x. An image of another size is stretched onto the
+    trained side of `trained_side` tokens. They have the precision of attention on the device of
+    the tensor `like`.
     """
+    device, kind = like.device, like.device.type
     frequency = ROPE_BASE ** (-torch.arange(head_dim // 4, device=device) / (head_dim // 4))
     y = (torch.arange(h, device=device) + 0.5) / h * trained_side
     x = (torch.arange(w, device=device) + 0.5) / w * trained_side
     y, x = y[:, None] * frequency, x[:, None] * frequency  # (h, dh / 4), (w, dh / 4)
-    both = torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], -1)
-    return both.flatten(0, 1)  # (N, dh / 2)
+    angles = torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], -1).flatten(0, 1)
+    cos, sin = angles.cos(), angles.sin()  # (N, dh / 2)
+    both = torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return tuple(table.to(low) for table in both)
 
 
-def rotate(x, angles):
-    """Turn the pairs (x[i], x[i + dh / 2]) by their angles: (..., N, dh) -> (..., N, dh)."""
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+def rotate(x, cos, sin):
+    """Turn the pairs (x[i], x[i + dh / 2]) by the tables of `rope`: (..., N, heads, dh)."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # -------------------------------------------------------------------------------------------------
 # Attention over elements
 
-def join(tensors, which, dim=2):
-    """Concatenate the chosen tensors. A cached prompt with a batch of 1 serves a whole batch."""
-    chosen = [tensors[i] for i in which]
-    if len(chosen) == 1:
-        return chosen[0]  # without a copy
-    batch = max(t.shape[0] for t in chosen)
-    return torch.cat([t.expand(batch, *t.shape[1:]) for t in chosen], dim=dim)
+class Norm(nn.LayerNorm):
+    """LayerNorm in the precision of its input: CUDA's autocast would keep a float32 copy of it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def pick(x, which):
+    """The elements of those numbers of x (B, E, ...), without a copy where they are neighbours."""
+    if list(which) == list(range(which[0], which[0] + len(which))):
+        return x if len(which) == x.shape[1] else x[:, which[0]:which[-1] + 1]
+    return torch.cat([x[:, i:i + 1] for i in which], 1)
 
 
 def attend(q, k, v):
@@ -77,33 +88,43 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = Norm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = Norm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, plan, angles=None, past=None):
-        """x (B, E, N, D) -> (B, E, N, D), and the (keys, values) of its E elements.
+    def forward(self, x, plan, turn=None, past=None):
+        """x (B, E, N, D) -> those that ask (B, A, N, D), and the (keys, values) of x's elements.
 
         past: (keys, values) of elements seen earlier. The plan numbers them first, then x's own.
+        A cached prompt with a batch of 1 serves a whole batch.
         """
         B, E, N, D = x.shape
-        qkv = self.qkv(x).view(B, E, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(3, 1, 0, 4, 2, 5)  # 3 x (E, B, heads, N, dh)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        q, k, v = q.to(v.dtype).unbind(0), k.to(v.dtype).unbind(0), v.unbind(0)
-        keys, values = (k, v) if past is None else (past[0] + k, past[1] + v)
-
+        q, k, v = self.qkv(x).view(B, E, N, 3, self.heads, -1).unbind(3)  # 3 x (B, E, N, heads, dh)
+        q, k = self.q_norm(pick(q, asking(plan))), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        keys, values = k, v
+        if past is not None:
+            keys, values = (torch.cat([old.expand(B, -1, -1, -1, -1), new], 1)
+                            for old, new in zip(past, (k, v)))
         answers = []
-        for asking, seen in plan:
-            out = attend(join(q, asking), join(keys, seen), join(values, seen))
-            answers.append(out.transpose(1, 2).reshape(B, len(asking), N, D))
-        return self.proj(join(answers, range(len(answers)), dim=1)), (k, v)
+        for part, (_, seen) in zip(q.split([len(asked) for asked, _ in plan], 1), plan):
+            parts = part, pick(keys, seen), pick(values, seen)
+            answer = attend(*(t.flatten(1, 2).transpose(1, 2) for t in parts))
+            answers.append(answer.transpose(1, 2).reshape(B, -1, N, D))
+        return self.proj(answers[0] if len(answers) == 1 else torch.cat(answers, 1)), (k, v)
+
+
+def asking(plan):
+    """The elements that ask, in their order."""
+    return [element for asked, _ in plan for element in asked]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `keep` (B, 2) scales its two branches by sample (drop path)."""
+    """Pre-norm transformer block. `keep` (B, 2) scales its two branches by sample (drop path).
+
+    It returns the elements that ask, and the (keys, values) of all of them.
+    """
 
     def __init__(self, width, heads, mlp_ratio, qk_norm):
         super().__init__()
@@ -113,8 +134,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x, plan, angles=None, past=None, keep=None):
-        attended, memory = self.attn(self.norm1(x), plan, angles, past)
+    def forward(self, x, plan, turn=None, past=None, keep=None):
+        attended, memory = self.attn(self.norm1(x), plan, turn, past)
+        x = pick(x, asking(plan))
         x = x + (attended if keep is None else attended * keep[:, 0, None, None, None])
         computed = self.mlp(self.norm2(x))
         x = x + (computed if keep is None else computed * keep[:, 1, None, None, None])
@@ -133,7 +155,7 @@ class ConvHead(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
         self.expand = nn.Linear(4 * width, patch ** 2 * channels)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = Norm(channels)
         self.out = nn.Linear(channels, outputs)  # a 1x1 convolution, channels last
 
     def forward(self, features, h, w):
@@ -143,18 +165,29 @@ class ConvHead(nn.Module):
         x = self.expand(x).view(-1, h, w, P, P, C)
         x = x.permute(0, 1, 3, 2, 4, 5).reshape(-1, h * P, w * P, C)  # (M, H, W, C)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last throughout
-        return self.out(F.gelu(self.norm(x))).permute(0, 3, 1, 2)  # (M, outputs, H, W)
+        return again(self.finish, self.norm(x)).permute(0, 3, 1, 2)  # (M, outputs, H, W)
+
+    def finish(self, x):
+        return self.out(F.gelu(x))
+
+
+def again(function, *inputs):
+    """function(*inputs), of which nothing is kept: the backward pass computes it again."""
+    if torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 # -------------------------------------------------------------------------------------------------
 # The trunk
 
 class Grid(NamedTuple):
-    """What one pass through the blocks shares: h x w tokens, their angles, drop-path factors."""
-    h: int
+    """What one pass through the blocks shares."""
+    h: int  # tokens along the height
     w: int
-    angles: torch.Tensor | None = None  # (N, dh / 2), None without rotary positions
-    keep: torch.Tensor | None = None    # (B, depth, 2), None without drop path
+    turn: tuple | None = None         # the tables of `rope`, None without rotary positions
+    keep: torch.Tensor | None = None  # factors of drop path (B, depth, 2), None without it
+    asked: range | None = None        # the elements that are read after the last block, None: all
 
 
 class ViT(nn.Module):
@@ -181,13 +214,13 @@ class ViT(nn.Module):
         if H % c.patch or W % c.patch:
             raise ValueError(f"images are {H}x{W}: "
                              f"both sides must be multiples of the patch size {c.patch}")
-        h, w, angles, keep = H // c.patch, W // c.patch, None, None
+        h, w, turn, keep = H // c.patch, W // c.patch, None, None
         if c.positions == "rope":
-            angles = rope_angles(h, w, c.width // c.heads, self.side, images.device)
+            turn = rope(h, w, c.width // c.heads, self.side, images)
         if drop is not None and c.drop_path:
             rate = torch.linspace(0, c.drop_path, c.depth, device=drop.device)[:, None]
             keep = (drop >= rate) / (1 - rate)  # deeper blocks are dropped more often
-        return Grid(h, w, angles, keep)
+        return Grid(h, w, turn, keep)
 
     def patchify(self, images):
         """(..., 1, H, W) in [0, 1] -> (..., N, D), before positions."""
@@ -204,24 +237,25 @@ class ViT(nn.Module):
 
     def recomputed(self, module, *inputs):
         """module(*inputs); with `recompute` once more in the backward pass."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
+        return again(module, *inputs) if self.recompute else module(*inputs)
 
     def run(self, x, plan, blocks, grid, past=None, memory=None):
         """The blocks of that range over x (B, E, N, D).
 
         past      a list with (keys, values) of every block, of elements seen earlier
         memory    a list that receives (keys, values) of x's elements, block by block
-        Returns (x after the last block, {block: x after it} for the blocks in `taps`).
+        Returns (x after the last block, {block: x after it} for the blocks in `taps`), both of
+        the elements `grid.asked`.
         """
-        features = {}
+        features, asked = {}, grid.asked or range(x.shape[1])
         for n, i in enumerate(blocks):
             keep = None if grid.keep is None else grid.keep[:, i]
             seen = None if past is None else past[n]
-            x, own = self.recomputed(self.blocks[i], x, plan, grid.angles, seen, keep)
+            if i == blocks[-1]:
+                plan = [entry for entry in plan if set(entry[0]) <= set(asked)]
+            x, own = self.recomputed(self.blocks[i], x, plan, grid.turn, seen, keep)
             if i in self.taps:
-                features[i] = x
+                features[i] = x if i == blocks[-1] else pick(x, asked)
             if memory is not None:
                 memory.append(own)
         return x, features

@@ -31,6 +31,7 @@ import statistics
 import tempfile
 import time
 import weakref
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import mvg
 import vit
@@ -57,7 +58,7 @@ from recipe import Recipe
 from report import clock
 from running.checkpoints import pick_device
 from running.folder import Run
-from running.ranks import use_bf16
+from running.ranks import compile_blocks, use_bf16
 from scans.datasets import find
 from scans.store import Store, prepare
 from scans.volumes import command_line
@@ -87,7 +88,7 @@ class Decomposed(nn.Module):
         self.distance = nn.ParameterList(
             nn.Parameter(0.02 * torch.randn(2 * n - 1, width // heads)) for n in (h, w))
 
-    def forward(self, x, plan=None, angles=None, past=None):
+    def forward(self, x, plan, turn=None, past=None):
         B, E, T, D = x.shape
         h, w = self.grid
         qkv = self.qkv(x).view(B * E, T, 3, self.heads, -1)
@@ -115,7 +116,7 @@ class Masked(nn.Module):
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x, plan=None, angles=None, past=None):
+    def forward(self, x, plan, turn=None, past=None):
         B, E, N, D = x.shape
         q, k, v = self.qkv(x).view(B, E * N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         element = torch.arange(E, device=x.device).repeat_interleave(N)
@@ -156,7 +157,7 @@ class Reference(nn.Module):
             x = torch.stack([x.flatten(1, 2), y.flatten(1, 2)], 1)  # two stacks: (B, 2, 2 N, D)
         features = []
         for i, block in enumerate(self.blocks):
-            x, _ = block(x, None)
+            x, _ = block(x, mvg.together(range(x.shape[1])))
             if self.way == "authors" and i + 1 == self.config.fuse_at:
                 x = x.mean(1, keepdim=True)                         # (B, 1, 2 N, D)
             if i in self.taps:
@@ -178,16 +179,18 @@ class Reference(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # What a training step costs, without running it
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and alive, and their peak."""
+class Costs(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of the tensors that are made inside and alive, and their peak."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self.alive = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in COUNTED:
+            self.flops += COUNTED[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor.untyped_storage())
@@ -205,8 +208,40 @@ class Peak(TorchDispatchMode):
             self.now -= size
 
 
-def attention_flops(q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(q, k, v)
+def attention_flops(q, k, v, *args, **kwargs):
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def attention_backward_flops(gradient, q, k, v, *args, **kwargs):
+    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+
+
+COUNTED = {  # torch leaves out the attention of a CPU
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops}
+
+
+def in_float32(function):
+    """A function as CUDA's autocast computes it. That of a CPU leaves its input in bfloat16."""
+    def computed(x, *args):
+        return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args)
+    return computed
+
+
+@contextmanager
+def without_values():
+    """Tensors have shapes and no contents, and are those that a CUDA device would hold."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        for where, name, other in (
+                (vit, "attend", F.scaled_dot_product_attention),  # it does not hold the matrix
+                (F, "layer_norm", in_float32(F.layer_norm)),
+                (torch.Tensor, "softmax", in_float32(torch.Tensor.softmax)),
+                (mvg.MVG, "_initialise", silent)):  # it reads what it has drawn
+            stack.enter_context(mock.patch.object(where, name, other))
+        yield
 
 
 def make_model(config, way):
@@ -242,26 +277,17 @@ def cost(config, batch, objective="ar", bf16=True, recompute=False, pairs=2) -> 
     have shapes and no contents.
 
     The peak holds weights, gradients and AdamW's two moments (16 bytes a parameter) and everything
-    that forward and backward keep, with an attention kernel that does not hold the matrix. It does
-    not hold the CUDA context (some 0.5 GB), DDP's buckets (4 bytes a parameter) and what an
-    allocator loses.
+    that forward and backward keep on a CUDA device, with an attention kernel that does not hold
+    the matrix. It does not hold the CUDA context (some 0.5 GB), DDP's buckets (4 bytes a
+    parameter) and what an allocator loses.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    flops = FlopCounterMode(display=False, custom_mapping={flash: attention_flops})
-    step = partial(fake_step, config, batch, objective, bf16, recompute, pairs)
-    kernel = mock.patch.object(vit, "attend", F.scaled_dot_product_attention)
-    no_values = mock.patch.object(mvg.MVG, "_initialise", silent)  # it reads what it has drawn
-    with FakeTensorMode(), kernel, no_values:
-        with flops:
-            step()
-        with Peak() as memory:  # in another step, because counting FLOPs keeps tensors alive
-            step()
-    return flops.get_total_flops(), memory.peak
+    with without_values(), Costs() as counted:
+        fake_step(config, batch, objective, bf16, recompute, pairs)
+    return counted.flops, counted.peak
 
 
 def fake_step(config, batch, objective, bf16, recompute, pairs):
-    """Forward and backward, inside of a FakeTensorMode."""
+    """Forward and backward, of tensors without values."""
     model = make_model(config, objective)
     model.recompute = recompute
     samples = random_batch(config, batch, pairs)
@@ -413,7 +439,7 @@ class Setting:
     repeats: int      # timed repetitions, after one that is not
     bf16: bool        # bfloat16 autocast
     workers: int      # loader processes
-    compile: bool     # torch.compile, in train_step
+    compile: bool     # torch.compile of every block, in train_step
     recompute: bool   # activations computed again, in train_step
 
     def autocast(self):
@@ -468,7 +494,7 @@ def train_step(setting):
     models |= {way: make_model(config, way).to(device) for way in REFERENCES}
     if setting.compile:
         for model in {id(m): m for m in models.values()}.values():
-            model.compile()
+            compile_blocks(model)
     steps = {name: trainer(model, partial(batch_loss, model, batch, name), setting)
              for name, model in models.items()}
     seconds = in_turn(device, setting.repeats, **steps)
@@ -660,7 +686,8 @@ def make_parser():
     p.add_argument("--workers", type=int, default=1, help="loader processes of `samples`")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                    help="bfloat16 autocast (default: on with CUDA)")
-    p.add_argument("--compile", action="store_true", help="torch.compile ours and the references")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile every block, of ours and of the references")
     p.add_argument("--recompute", action="store_true",
                    help="train_step with activation checkpointing")
     p.add_argument("--device", help="cpu, mps, cuda ... (default: the best there is)")

@@ -18,34 +18,44 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, group)
+                    by_shape.setdefault(p.shape, []).append(p)
+            for matrices in by_shape.values():
+                self.update(matrices, group)
 
-    def update(self, p, group):
-        state, lr, momentum = self.state[p], group["lr"], group["momentum"]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        sound, gradient = 1.0, p.grad
+    def update(self, matrices, group):
+        """A step of matrices of one shape, which are made orthogonal together."""
+        lr, momentum, sound, directions = group["lr"], group["momentum"], 1.0, []
         if self.found_inf is not None:
-            sound, gradient = 1 - self.found_inf, p.grad.nan_to_num(0, 0, 0)
-        kept = state["momentum_buffer"]
-        kept.add_((gradient - kept) * (1 - momentum) * sound)
-        update = orthogonal(gradient.lerp(kept, momentum))  # Nesterov's
-        p.mul_(1 - lr * group["weight_decay"] * sound)
-        p.sub_(update * (lr * 0.2 * max(p.shape) ** 0.5 * sound))
+            sound = 1 - self.found_inf
+        for p in matrices:
+            state, gradient = self.state[p], p.grad
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            if self.found_inf is not None:
+                gradient = gradient.nan_to_num(0, 0, 0)
+            kept = state["momentum_buffer"]
+            kept.add_((gradient - kept) * (1 - momentum) * sound)
+            directions.append(gradient.lerp(kept, momentum))  # Nesterov's
+        scale = lr * 0.2 * max(matrices[0].shape) ** 0.5 * sound
+        for p, update in zip(matrices, orthogonal(torch.stack(directions))):
+            p.mul_(1 - lr * group["weight_decay"] * sound)
+            p.sub_(update * scale)
 
 
-def orthogonal(matrix, steps=5):
-    """A matrix of the same singular vectors, whose singular values are all near 1.
+def orthogonal(matrices, steps=5):
+    """Matrices (n, rows, columns) of the same singular vectors, with singular values all near 1.
 
     Five steps of Newton and Schulz with a quintic polynomial.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        square = x @ x.mT
+        factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)

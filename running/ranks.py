@@ -1,4 +1,4 @@
-"""The processes of a training: ranks, device, number format, and requests to stop."""
+"""The processes of a training: ranks, device, data, number format, compilation, interruptions."""
 
 import os
 import signal
@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from running.checkpoints import pick_device
+from lab.synthetic import open_pool
+from running.checkpoints import first_line, pick_device
+from scans.datasets import SYNTHETIC
+from scans.store import Store, default_store, open_store
+from scans.volumes import DataError
 
 
 class Ranks:
@@ -39,6 +43,43 @@ class Ranks:
         return DistributedDataParallel(model, device_ids=ids)
 
 
+def find_data(args, recipe, ranks):
+    """The prepared store, or None for the procedural tasks alone.
+
+    The first rank prepares it and the others wait to hear what it found. A rank never raises
+    alone: where something is wrong all end, and the first one says why.
+    """
+    names = [n for n in recipe.datasets if n != SYNTHETIC]
+    if recipe.datasets and not names:
+        return None
+    store, found, problem = None, None, None
+    if ranks.main:
+        try:
+            store = open_store(args.data_root, args.store, names, recipe.brats_pairs, recipe.strict)
+            found = list(store.datasets)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    if ranks.distributed:
+        said = [found, problem]
+        on = ranks.device if ranks.device.type == "cuda" else None
+        dist.broadcast_object_list(said, device=on)
+        found, problem = said
+    if problem:
+        raise DataError(problem) if ranks.main else SystemExit(2)
+    return store or Store(args.store or default_store(args.data_root), found)
+
+
+def find_pool(args, recipe, ranks, image_size):
+    """The pool of procedural tasks, kept beside the store, or None. The first rank draws it."""
+    if not recipe.synthetic:
+        return None
+    folder = args.store or (default_store(args.data_root) if args.data_root else "store")
+    pool = open_pool(folder, recipe.pool, image_size) if ranks.main else None
+    if ranks.distributed:
+        dist.barrier()
+    return pool or open_pool(folder, recipe.pool, image_size)
+
+
 def use_bf16(recipe, ranks):
     """bfloat16 autocast? Where a CPU has no such arithmetic it would take many times as long."""
     cpu = ranks.device.type == "cpu"
@@ -48,6 +89,37 @@ def use_bf16(recipe, ranks):
         ranks.say("bf16: this CPU has no bfloat16 arithmetic; float32 it is")
         return False
     return asked
+
+
+def compile_blocks(model):
+    """Let torch compile every block by itself, which takes seconds; a whole model takes minutes."""
+    torch._dynamo.config.recompile_limit = 64   # all blocks share a graph for every plan
+    torch._dynamo.config.optimize_ddp = False   # a block is not split among DDP's buckets
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def compile_if_it_works(model, asked, ranks, bf16):
+    """Compile the blocks of a ViT if `asked`, None: with CUDA; and say so.
+
+    One block is tried before, forward and backward. Where that fails all stay as they are.
+    """
+    asked = ranks.device.type == "cuda" if asked is None else asked
+    if not asked or not hasattr(model, "blocks"):
+        return
+    side, width = model.config.image_size, model.config.width
+    x = torch.zeros(1, 1, model.side ** 2, width, device=ranks.device, requires_grad=True)
+    try:
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
+            turn = model.grid(torch.zeros(1, side, side, device=ranks.device)).turn
+            block = torch.compile(model.blocks[0], dynamic=False)
+            answer, _ = block(x, [((0,), (0,))], turn)
+        torch.autograd.grad(answer.sum(), x)
+    except Exception as error:  # of a compiler that is not there, or of any of its parts
+        ranks.say(f"blocks are not compiled: {first_line(error)}")
+        return
+    compile_blocks(model)
+    ranks.say("blocks are compiled: the first steps take seconds longer (--no-compile: not)")
 
 
 class Interrupts:

@@ -27,7 +27,7 @@ from conftest import FIVE, REAL, ROOT
 from fakes import failure
 from objectives import LOSSES
 from recipe import Recipe, parse
-from running import folder
+from running import folder, muon
 from running.checkpoints import load_checkpoint
 from running.muon import Muon, orthogonal
 from scans.datasets import find
@@ -131,9 +131,38 @@ def test_muon_is_that_of_torch_without_its_rounding():
             optimizer.step()
     for p, q, s in zip(ours, theirs, start):
         assert (p - q).norm() < 0.03 * (p - s).norm() and (p - s).norm() > 0.5
-    values = torch.linalg.svdvals(orthogonal(torch.randn(32, 20, generator=rng)))
+    values = torch.linalg.svdvals(orthogonal(torch.randn(1, 32, 20, generator=rng)))
     assert 0.5 < values.min() and values.max() < 1.5
-    assert torch.equal(orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
+    assert torch.equal(orthogonal(torch.zeros(1, 3, 5)), torch.zeros(1, 3, 5))
+
+
+def test_muon_takes_matrices_of_one_shape_together():
+    """In one batch of products, with the result of each alone."""
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=rng) for shape in ((8, 24), (24, 8), (8, 24), (8, 24))]
+    gradients = [[torch.randn(p.shape, generator=rng) for p in start] for _ in range(3)]
+    batches, steps = [], muon.orthogonal
+
+    def watched(matrices):
+        batches.append(tuple(matrices.shape))
+        return steps(matrices)
+
+    def trained(matrices, numbers):
+        matrices = [torch.nn.Parameter(p.clone()) for p in matrices]
+        optimizer = Muon(matrices, lr=0.1)
+        for now in gradients:
+            for p, i in zip(matrices, numbers):
+                p.grad = now[i].clone()
+            optimizer.step()
+        return matrices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "orthogonal", watched)
+        together = trained(start, range(4))
+    assert batches == 3 * [(3, 8, 24), (1, 24, 8)]
+    for i, p in enumerate(together):
+        (alone,) = trained([start[i]], [i])
+        assert torch.allclose(p, alone, atol=1e-5) and not torch.allclose(p, start[i], atol=0.05)
 
 
 def test_muon_gets_the_matrices_of_the_blocks():
@@ -701,6 +730,50 @@ def test_the_average_of_the_weights_is_what_is_kept_and_resumed(store, tmp_path)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = expected * decay + weights * (1 - decay)
     assert torch.allclose(saved["model"]["embed.weight"], expected, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# Compiled blocks
+
+def test_compiled_blocks_train_the_same_model(store, tmp_path, monkeypatch, capsys):
+    """Recomputed too. Graphs are made in steps, and none while checkpoint and pictures are."""
+    graphs, compiler, write = [], torch.compile, folder.Run.write
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def written(self, optimizers):
+        before = len(graphs)
+        write(self, optimizers)
+        assert len(graphs) == before > 2  # one of the attempt, and those of the steps
+
+    how = ["--steps", "4", "--num_prompts", "1-2", "--save_every", "2"]
+    plain = run(store, tmp_path / "a", *how)
+    assert "blocks are" not in capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiler(*a, backend=backend, **k))
+    monkeypatch.setattr(folder.Run, "write", written)
+    for name, more in (("b", []), ("c", ["--recompute"])):
+        torch._dynamo.reset()
+        graphs.clear()
+        compiled = run(store, tmp_path / name, *how, "--compile", *more)
+        assert "blocks are compiled" in capsys.readouterr().out
+        both = zip(plain.parameters(), compiled.parameters(), strict=True)
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in both)
+        assert len(graphs) < 12  # one for every plan, and not for every block
+    assert plain.state_dict().keys() == weights(tmp_path / "c" / "last.pt").keys()
+
+
+def test_what_cannot_be_compiled_is_trained_without(store, tmp_path, monkeypatch, capsys):
+    def broken(*args, **more):
+        raise RuntimeError("no compiler here\nand so on")
+
+    plain = run(store, tmp_path / "a", "--steps", "1")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert equal(plain, run(store, tmp_path / "b", "--steps", "1", "--compile"))
+    assert "blocks are not compiled: no compiler here\n" in capsys.readouterr().out
+    run(store, tmp_path / "c", "--steps", "1", "--compile", "--model", "unet", "--datasets", "la")
+    assert "blocks are" not in capsys.readouterr().out  # a U-Net has no blocks
 
 
 # -------------------------------------------------------------------------------------------------

@@ -27,25 +27,60 @@ def test_tokens_of_the_square_are_the_tokens_of_its_images():
     assert torch.allclose(model.patchify(elements), expected, atol=1e-6)
 
 
+def angles(h, w, head_dim, side):
+    """The angles that the tables of `vit.rope` turn by, (N, head_dim / 2)."""
+    cos, sin = vit.rope(h, w, head_dim, side, torch.zeros(1))
+    assert torch.equal(cos, cos.roll(head_dim // 2, -1))
+    assert torch.equal(sin, -sin.roll(head_dim // 2, -1))
+    return torch.atan2(sin, cos)[:, 0, head_dim // 2:]
+
+
 def test_rotary_positions_are_a_turn_that_only_differences_matter_to():
     """Written as complex numbers; q . k depends on the distance between two tokens alone."""
-    angles = vit.rope_angles(6, 6, 8, 6, "cpu")  # (36, 4)
-    x = torch.randn(36, 8)
-    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(36, 4), angles)
+    tables = vit.rope(6, 6, 8, 6, torch.zeros(1))
+    x = torch.randn(36, 3, 8)  # of three heads
+    turns = torch.polar(torch.ones(36, 4), angles(6, 6, 8, 6))
+    turned = torch.complex(*x.chunk(2, -1)) * turns[:, None]
     expected = torch.view_as_real(turned).transpose(-1, -2).flatten(-2)
-    assert torch.allclose(vit.rotate(x, angles), expected, atol=1e-5)
-    q, k = torch.randn(8), torch.randn(8)
-    product = (vit.rotate(q.expand(36, 8), angles) @ vit.rotate(k.expand(36, 8), angles).T)
-    product = product.view(6, 6, 6, 6)  # [y, x, y', x']
+    assert torch.allclose(vit.rotate(x, *tables), expected, atol=1e-5)
+    q, k = (vit.rotate(torch.randn(8).expand(36, 1, 8), *tables)[:, 0] for _ in "qk")
+    product = (q @ k.T).view(6, 6, 6, 6)  # [y, x, y', x']
     assert torch.allclose(product[1:, 2:, 1:, 2:], product[:-1, :-2, :-1, :-2], atol=1e-5)
     assert not torch.allclose(product[0, 0, 0, 1], product[0, 0, 1, 0], atol=1e-3)
 
 
 def test_a_larger_image_is_stretched_onto_the_trained_side():
     """The middle of two tokens of the finer grid is a token of the coarser one."""
-    fine, coarse = vit.rope_angles(8, 8, 8, 4, "cpu"), vit.rope_angles(4, 4, 8, 4, "cpu")
-    fine = fine.view(4, 2, 4, 2, 4).mean((1, 3))
+    fine, coarse = angles(6, 6, 8, 3), angles(3, 3, 8, 3)  # below pi, where angles are unique
+    fine = fine.view(3, 2, 3, 2, 4).mean((1, 3))
     assert torch.allclose(fine.flatten(0, 1), coarse, atol=1e-6)
+
+
+def test_attention_keeps_its_precision():
+    """Under autocast queries, keys, values and the tables of their turns are bfloat16 alone."""
+    model, seen, attend = small("fused"), [], vit.attend
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(vit, "attend", lambda *qkv: seen.extend(qkv) or attend(*qkv))
+        model.paint_labels(*pairs(1, 2))
+        assert {t.dtype for t in (*seen, *model.grid(pairs(1, 2)[0]).turn)} == {torch.bfloat16}
+    assert {t.dtype for t in model.grid(pairs(1, 2)[0]).turn} == {torch.float32}
+
+
+@pytest.mark.parametrize("which,copied", (((0, 1, 2), False), ((1, 2), False), ((0, 2), True)))
+def test_neighbours_are_picked_without_a_copy(which, copied):
+    x = torch.randn(2, 3, 4)
+    chosen = vit.pick(x, which)
+    assert torch.equal(chosen, x[:, list(which)])
+    assert (chosen.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()) == copied
+
+
+def test_the_last_block_computes_what_is_read():
+    """With three pairs: the two queries of four elements, and the keys of all."""
+    model, inside = small("fused"), []
+    model.blocks[-1].mlp.register_forward_hook(lambda *a: inside.append(a[2].shape[1]))
+    model.blocks[-1].attn.qkv.register_forward_hook(lambda *a: inside.append(a[2].shape[1]))
+    model.paint_labels(*pairs(1, 3))
+    assert inside == [4, 2]
 
 
 @pytest.mark.parametrize("kind", (torch.float32, torch.bfloat16))
