@@ -361,6 +361,7 @@ def test_nothing_waits_for_the_device_between_logging_steps(store, tmp_path, mon
     meta = torch.device("meta"), "no contents"
     monkeypatch.setattr(running.ranks, "pick_device", lambda *args: meta)
     monkeypatch.setattr(torch, "autocast", lambda *args, **more: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
     monkeypatch.setattr(torch.optim, "AdamW", plain_adamw)
     monkeypatch.setattr(train, "update",
                         lambda optimizers, broken: steps.append(broken.device.type))
