@@ -42,8 +42,9 @@ def rope(h, w, head_dim, trained_side, like):
     angles = torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], -1).flatten(0, 1)
     cos, sin = angles.cos(), angles.sin()  # (N, dh / 2)
     both = torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
-    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    return tuple(table.to(low) for table in both)
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return tuple(table.to(torch.get_autocast_dtype(kind)) for table in both)
+    return both
 
 
 def rotate(x, cos, sin):

@@ -439,7 +439,7 @@ class Setting:
     repeats: int      # timed repetitions, after one that is not
     bf16: bool        # bfloat16 autocast
     workers: int      # loader processes
-    compile: bool     # torch.compile of every block, in train_step
+    compile: bool     # torch.compile of every block, in train_step and samples
     recompute: bool   # activations computed again, in train_step
 
     def autocast(self):
@@ -463,7 +463,9 @@ def in_turn(device, repeats, **functions):
 
 
 def ratio(seconds, slow, fast):
-    """The median of slow / fast over pairs measured in turn."""
+    """The median of slow / fast over pairs measured in turn; None where one was not measured."""
+    if slow not in seconds:
+        return None
     return round(statistics.median(s / f for s, f in zip(seconds[slow], seconds[fast])), 2)
 
 
@@ -484,14 +486,15 @@ def trainer(model, loss, setting):
 def train_step(setting):
     """Seconds a training step of ours, by objective and their mix, and of the references.
 
-    utilisation is the counted operations a second over the rate of matrix products.
+    utilisation is the counted operations a second over the rate of matrix products. A reference
+    that does not fit into a GPU's memory is left out: None.
     """
     config, device = setting.config, setting.device
     batch = random_batch(config, setting.batch, device=device)
     ours = make_model(config, "ours").to(device)
     ours.recompute = setting.recompute
     models = {"mim": ours, "ar": ours}
-    models |= {way: make_model(config, way).to(device) for way in REFERENCES}
+    models |= {way: make_model(config, way).to(device) for way in REFERENCES if fits(setting, way)}
     if setting.compile:
         for model in {id(m): m for m in models.values()}.values():
             compile_blocks(model)
@@ -500,19 +503,28 @@ def train_step(setting):
     seconds = in_turn(device, setting.repeats, **steps)
     seconds["ours"] = [HYBRID["mim"] * mim + HYBRID["ar"] * ar
                        for mim, ar in zip(seconds["mim"], seconds["ar"])]
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    median = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
     work = sum(share * cost(config, setting.batch, name, setting.bf16)[0]
                for name, share in HYBRID.items())
     rate, limit = work / median["ours"], matrix_rate(device, setting.bf16)
-    return {"ours_s": round(median["ours"], 4), "reference_s": round(median["authors"], 4),
+    taken = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return {"ours_s": median["ours"], "reference_s": median.get("authors"),
             "ratio": ratio(seconds, "authors", "ours"),
-            "ar_s": round(median["ar"], 4), "mim_s": round(median["mim"], 4),
+            "ar_s": median["ar"], "mim_s": median["mim"],
             "ratio_ar": ratio(seconds, "authors", "ar"),
             "ratio_mim": ratio(seconds, "authors", "mim"),
-            "sequence_s": round(median["sequence"], 4),
-            "ratio_sequence": ratio(seconds, "sequence", "ours"),
+            "sequence_s": median.get("sequence"),
+            "ratio_sequence": ratio(seconds, "sequence", "ours"), "gb_taken": taken,
             "teraflops": round(rate / 1e12, 4), "matrix_teraflops": round(limit / 1e12, 4),
             "utilisation": round(rate / limit, 3)}
+
+
+def fits(setting, way):
+    """Does a training step of a reference fit into the memory of a GPU?"""
+    if setting.device.type != "cuda":
+        return True
+    there = torch.cuda.get_device_properties(setting.device).total_memory
+    return cost(setting.config, setting.batch, way, setting.bf16)[1] < 0.8 * there
 
 
 def matrix_rate(device, bf16):
@@ -600,6 +612,8 @@ def samples(setting):
     s = setting
     drawn = ContextSamples(None, Recipe(datasets=("synthetic",), objective="ar", pool=50), s.config)
     model = make_model(s.config, "ours").to(s.device)
+    if s.compile:
+        compile_blocks(model)
     batches = iter(DataLoader(drawn, batch_sampler=BatchSampler(0, 10 ** 6, s.batch),
                               collate_fn=drawn.collate, num_workers=s.workers,
                               pin_memory=s.device.type == "cuda",

@@ -41,6 +41,18 @@ def test_bench_reports_ratios(capsys):
     assert 0 < result["memory"]["recomputed_gb"] < result["memory"]["ours_gb"]
 
 
+def test_a_reference_that_is_too_large_for_a_gpu_is_left_out(monkeypatch):
+    setting = bench.Setting(TINY, torch.device("cpu"), 8, 1, True, 0, False, False)
+    assert bench.fits(setting, "authors")
+    need = bench.cost(TINY, 8, "authors", True)[1]
+    setting.device, gpu = torch.device("cuda"), SimpleNamespace(total_memory=need / 0.79)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert bench.fits(setting, "authors")
+    gpu.total_memory = need / 0.81
+    assert not bench.fits(setting, "authors")
+    assert bench.ratio({"ours": [1.0]}, "authors", "ours") is None
+
+
 def test_the_table_of_a_measurement(capsys):
     bench.main(["--model", "demo", "--image_size", "16", "--repeats", "1", "--device", "cpu",
                 "--workers", "0", "--only", "infer_cached", "samples"])
