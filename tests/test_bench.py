@@ -246,7 +246,7 @@ def test_the_shares_of_a_dry_run_are_those_of_the_draws(store):
     store = Store(store.root, ["la", "Dataset802_MsT1ToFlair"])
     samples, said = ContextSamples(store, recipe, small("fused").config), []
     ranks = SimpleNamespace(device=torch.device("cpu"), count=1, say=said.append)
-    args = Namespace(out="nowhere", steps=10, stop_at=None)
+    args = Namespace(out="nowhere", steps=10, stop_at=None, minutes=None)
     bench.DryRun(args, recipe, samples, ranks, small("fused")).say_draws()
     table = {}
     for line in said[1:]:
