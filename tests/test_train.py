@@ -1,5 +1,6 @@
 """Training: it learns, it repeats, it resumes, and two ranks are one process."""
 
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -689,20 +691,20 @@ def test_learning_rate_by_hand():
 # -------------------------------------------------------------------------------------------------
 # A run of so many minutes
 
-def test_a_run_of_so_many_minutes_ends_with_them_and_its_schedule(store, tmp_path):
-    """Five seconds: the learning rate rises and falls to nearly 0 within it."""
-    begun = time.time()
-    run(store, tmp_path / "r", "--minutes", "0.08")
+def test_a_run_of_so_many_minutes_ends_with_them_and_its_schedule(store, tmp_path, monkeypatch):
+    """By a clock that goes on by a tenth of a second whenever it is read."""
+    now = itertools.count()
+    clock = SimpleNamespace(time=lambda: next(now) / 10, strftime=time.strftime)
+    monkeypatch.setattr(folder, "time", clock)
+    run(store, tmp_path / "r", "--minutes", "0.1")
     log = read_log(tmp_path / "r")
-    assert 4.8 < time.time() - begun < 60 and len(log) > 4
     rates = [line["lr"] for line in log]
-    assert max(rates) > 0.5e-3 and rates[-1] < 0.2 * max(rates)
+    assert 10 < len(log) < 30 and max(rates[3:6]) > 0.8e-3 and rates[-1] < 0.1e-3
     saved = load_checkpoint(tmp_path / "r" / "last.pt")
-    assert saved["step"] == log[-1]["step"] == log[-1]["of"] and saved["spent"] >= 4.8
-    more = ["--resume", str(tmp_path / "r" / "last.pt"), "--minutes", "0.13"]
-    train.main(more)  # three seconds are left
+    assert saved["step"] == log[-1]["step"] == log[-1]["of"] and 5.8 < saved["spent"] < 6.8
+    train.main(["--resume", str(tmp_path / "r" / "last.pt"), "--minutes", "0.15"])
     again = load_checkpoint(tmp_path / "r" / "last.pt")
-    assert again["step"] > saved["step"] and 7.8 <= again["spent"] < 40
+    assert again["step"] > saved["step"] and 8.8 < again["spent"] < 9.8
 
 
 # -------------------------------------------------------------------------------------------------
