@@ -9,6 +9,7 @@ be resumed, and split over any number of processes. batches.py makes the pixels 
 from heapq import nsmallest
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from batches import (ALL, Slices, draw_crop, draw_image_task, draw_moves, draw_other_task,
@@ -155,7 +156,8 @@ class ContextSamples(Dataset):
     def make(self, slices, step, part=0, rank=0):
         """The `Batch` of `Slices`, on their device; its noise is keyed by the other numbers."""
         key = np.random.SeedSequence([self.seed, step, part, rank]).generate_state(1)[0]
-        return make_batch(slices, self.image_size, self.recipe, int(key))
+        with torch.autocast(slices.images.device.type, enabled=False):  # pixels are float32
+            return make_batch(slices, self.image_size, self.recipe, int(key))
 
     def draw_prompt(self, name, case, k, rng, jitter=0.05):
         """A prompt for slice k of a training case: (stored case, slice), of another patient.

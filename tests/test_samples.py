@@ -268,6 +268,13 @@ def test_image_tasks_are_made_of_real_slices_too(store):
 # -------------------------------------------------------------------------------------------------
 # Procedural tasks
 
+def test_pixels_are_float32_under_autocast_too():
+    samples = context(None, 32, datasets=(SYNTHETIC,), objective="ar")
+    plain = shown(samples, 0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(plain, shown(samples, 0, 0))
+
+
 def test_synthetic_needs_no_data_and_joins_both_groups(store):
     alone = context(None, datasets=(SYNTHETIC,))
     kinds = {(s["colored"], s["drawn"][0]) for s in (alone[i, 0] for i in range(20))}
