@@ -93,14 +93,14 @@ def draw_look(rng, S, contrast=None):
     """The numbers of one look at S subjects.
 
     contrast: the `draw_contrast` of a region map. Without it a slice gets a random curve of
-    intensities, and the blur and bias field that it has already are seldom made stronger.
+    intensities and little noise; its own blur and bias field are seldom made stronger.
     """
     drawn = contrast is not None
-    share = 1.0 if drawn else 0.3
+    share = 1.0 if drawn else 0.1
     look = {"sigma": np.full(2, 1e-5), "bias": 0.0, "fade": 0.0, "hole": None, "mean": None,
             "rough": None, "curve": None, "gamma": np.exp(rng.normal(0, 0.2, S)),
             "scaled": drawn and rng.random() < 0.7,
-            **draw_noise(rng, abs(rng.normal(0, 0.05)))}
+            **draw_noise(rng, abs(rng.normal(0, 0.05 if drawn else 0.025)))}
     if rng.random() < share:
         look["sigma"] = np.full(2, rng.uniform(0, 0.012))
         if rng.random() < 0.2:  # low resolution along one axis
@@ -182,7 +182,8 @@ def draw_other_task(rng, S, contrast=None):
     """Another task of the same masks: in another contrast, warped, for some of the classes, for
     two or three as one, or for all that is not a class."""
     few, as_one, swapped = rng.random(3)
-    return {"looks": [draw_look(rng, S, contrast)], "bend": np.float32(abs(rng.normal(0, 0.02))),
+    bend = abs(rng.normal(0, 0.02 if contrast else 0.01))
+    return {"looks": [draw_look(rng, S, contrast)], "bend": np.float32(bend),
             "wanted": int(rng.choice(WANTED)) if few < 0.5 else MAX_CLASSES,
             "joined": int(rng.integers(1, 3)) if as_one < 0.2 else 0,
             "swapped": np.float32(swapped < 0.1)}
