@@ -116,6 +116,8 @@ def score(name, answer, dataset):
     """
     prediction = answer.answers[name]
     if dataset.colored:
+        if answer.valid is not None:  # elsewhere the truth is 0 as well
+            prediction = prediction * answer.valid
         found = overlap(prediction, answer.truth, range(1, len(dataset.labels) + 1))
         return {dataset.labels[c - 1]: s for c, s in found.items()}
     valid = [None] * len(prediction) if answer.valid is None else answer.valid
@@ -312,7 +314,7 @@ class Evaluation:
         (out / "tables.md").write_text(tables)
         print(text)
         for name, result in results.items():
-            for kind in result["ignored"]:
+            for kind in result["no_cost"]:
                 print(f"{name}: the score does not fall with a prompt that is wrong "
                       f"({WRONG[kind]}): the model ignores its prompt, "
                       "or has nothing to lose")

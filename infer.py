@@ -27,59 +27,12 @@ from data import matching_slice
 from predict import Options, detection_masks, predict, predict_boxes, predict_stack
 from running.checkpoints import find_checkpoint, pick_device
 from scans import boxes
-from scans.files import answer_type, find_inputs, find_label, output_path
-from scans.volumes import (DataError, Scaled, check_fit, command_line, extension,
-                           guess_modality, integer_labels, intensity_range, read_image,
-                           read_volume, shape_text, slicing, stem, write_json, write_like)
+from scans.files import (AXES, Example, answer_type, choose_modality, cut_slices, find_inputs,
+                         output_paths, remarks)
+from scans.volumes import (DataError, Scaled, command_line, extension, intensity_range,
+                           number_colors, read_volume, shape_text, stem, write_json, write_like)
 
 __all__ = ["main", "predict"]
-MOST_VALUES = 64  # a label of integers with more distinct values is an image
-AXES = ("sagittal", "coronal", "axial")
-
-
-class Example:
-    """An image with its answer: read, checked against each other, cut into slices.
-
-    Raises DataError for files that do not fit.
-    """
-
-    def __init__(self, image, label, args):
-        self.image = read_image(image, args.series)
-        self.label = read_volume(label or find_label(self.image.path), mask=args.task != "image")
-        check_fit(self.label, self.image)
-        path = self.label.path
-        self.segmentation = is_segmentation(self.label, args.task)
-        if self.segmentation and extension(path) in (".jpg", ".jpeg"):
-            raise DataError(f"{path} is a JPEG, which blurs classes into each other: "
-                            "save the mask as PNG")
-        if self.segmentation:
-            self.label.array = integer_labels(self.label.array, path)
-        elif self.label.kind == "picture":  # its grays, not the indices of a palette
-            self.label = read_volume(path)
-        self.modality = choose_modality(self.image, args)
-        self.cut, self.images = cut_slices(self.image, args)
-        self.labels = self.cut.cut(self.label.array)
-
-
-def is_segmentation(label, task):
-    """Does a label volume hold classes? auto: integers with at most 64 distinct values do."""
-    if task != "auto":
-        return task == "seg"
-    array = label.array
-    if array.dtype.kind == "f" and np.abs(array - np.rint(array)).max() > 1e-3:
-        return False
-    return len(np.unique(array)) <= MOST_VALUES
-
-
-def choose_modality(volume, args):
-    return guess_modality(volume) if args.modality == "auto" else args.modality
-
-
-def cut_slices(volume, args):
-    """How a volume is cut, and its slices in [0, 1]."""
-    cut = slicing(volume, None if args.axis == "auto" else AXES.index(args.axis))
-    low_high = intensity_range(volume, choose_modality(volume, args))
-    return cut, Scaled(cut.cut(volume.array), low_high)
 
 
 class Prompts:
@@ -92,14 +45,17 @@ class Prompts:
                             "prompt one task at a time, or say which with --task")
         label = examples[0].label
         self.label_modality = choose_modality(label, args)
-        self.label_range, self.masks = None, None
+        self.label_range, self.masks = None, None  # of the first label, in whose units is answered
+        self.said = ""
+        if self.segmentation:
+            self.said = number_colors([e.label for e in examples])
         self.pairs = [(e.images, e.labels) for e in examples]
         if not self.segmentation:
-            self.label_range = intensity_range(label, self.label_modality)
+            ranges = [intensity_range(e.label, self.label_modality) for e in examples]
+            self.label_range = ranges[0]
             drawn = [(e.images, Scaled(e.labels, e.images.low_high)) for e in examples]
             self.masks = detection_masks(model, drawn, self.segmentation)
-            self.pairs = [(e.images, Scaled(e.labels, self.label_range)) for e in examples]
-        self.files = [v.path for e in examples for v in (e.image, e.label)]
+            self.pairs = [(e.images, Scaled(e.labels, r)) for e, r in zip(examples, ranges)]
 
     def classes(self, chosen):
         """The classes above 0 in some slices of every prompt: a list of slice numbers for each."""
@@ -110,24 +66,24 @@ class Prompts:
 class Case:
     """One input file and all that it takes to answer it."""
 
-    def __init__(self, path, prompts, model, args, several):
-        self.path, self.prompts, self.model, self.args = Path(path), prompts, model, args
+    def __init__(self, path, output, prompts, model, args):
+        self.path, self.output, self.prompts = Path(path), output, prompts
+        self.model, self.args = model, args
         self.segmentation, self.notes, self.begun = prompts.segmentation, [], time.time()
-        self.source = read_image(path, args.series)
-        files = [*prompts.files, self.path]
-        self.output = output_path(args.output, self.source, files, several)
+        self.source = read_volume(path, series=args.series)
         labels = [e.label for e in prompts.examples]
         if self.segmentation:  # the type holds the classes of every prompt
             labels.sort(key=lambda label: int(label.array.max()), reverse=True)
         self.kind = answer_type(labels[0], labels[0].array.max(), self.segmentation, self.output)
         self.modality = choose_modality(self.source, args)
         self.cut, self.stack = cut_slices(self.source, args)
-        self.axis, count = AXES[self.cut.axis], len(self.stack)
+        self.axis = AXES[self.cut.axis]
         self.options = Options(args.mode, args.votes, args.each, args.looks)
-        self.slices = [tuple(matching_slice(k, count, len(images)) for images, _ in prompts.pairs)
-                       for k in range(count)]
         for example in prompts.examples:
             self.say_assumed(example)
+        for text in filter(None, [*remarks(self.source, self.modality), prompts.said]):
+            self.say(text)
+        self.slices = self.match_slices()
         self.say_task()
 
     def say(self, text):
@@ -148,6 +104,27 @@ class Case:
         if axis != self.axis:
             self.say(f"warning: the prompt has {axis} slices and the input {self.axis} ones: "
                      "--axis chooses for both")
+
+        for text in example.remarks():
+            self.say(text)
+
+    def match_slices(self):
+        """The prompts' slices for every slice: the paper's rule.
+
+        A single slice is shown that slice of a volume which shows the most (ours).
+        """
+        def shows(label):
+            return len(np.unique(label)) if self.segmentation else 0, np.count_nonzero(label)
+
+        pairs, count = self.prompts.pairs, len(self.stack)
+        if count > 1 or all(len(images) == 1 for images, _ in pairs):
+            return [tuple(matching_slice(k, count, len(images)) for images, _ in pairs)
+                    for k in range(count)]
+        fullest = tuple(max(range(len(labels)), key=lambda k: shows(labels[k]))
+                        for _, labels in pairs)
+        self.say("note: the input is a single slice: it is shown the slice of the prompt that "
+                 f"shows the most ({', '.join(str(k + 1) for k in fullest)})")
+        return [fullest]
 
     def say_task(self):
         """Which boxes or classes are asked for. Raises DataError where there is none."""
@@ -241,9 +218,9 @@ def make_parser():
     add("--checkpoint", help="what train.py wrote (default: the bundled one, or the newest run's)")
     add("--series", help="which series of a DICOM folder: number or UID (default: the only one)")
     add("--task", default="auto", choices=("auto", "seg", "image"),
-        help=f"auto: a label of integers, at most {MOST_VALUES} distinct ones, is a segmentation")
+        help="auto: a label of integers that makes regions is a segmentation")
     add("--modality", default="auto", choices=("auto", "ct", "mri", "xray", "ultrasound"),
-        help="auto: ct where values reach -200, 8-bit pictures as they are, else mri")
+        help="auto: ct where values reach air and fat, 8-bit pictures as they are, else mri")
     add("--axis", default="auto", choices=("auto", *AXES),
         help="how volumes are sliced (auto: across the coarsest axis, as in training)")
     add("--looks", type=int, choices=(1, 2),
@@ -274,21 +251,22 @@ def main(argv=None):
     if args.confidence and not examples[0].segmentation:
         raise DataError("--confidence is of segmentations, these prompts are images: leave it out")
     inputs = find_inputs(args.input)
-    several = len(inputs) > 1
-    if several and args.output and not Path(args.output).is_dir():
+    if len(inputs) > 1 and args.output and not Path(args.output).is_dir():
         raise DataError(f"--output {args.output} is no folder, and there are {len(inputs)} inputs: "
                         "make it first")
+    files = [v.path for e in examples for v in (e.image, e.label)]
+    outputs = output_paths(args.output, inputs, files)
     args.checkpoint = str(args.checkpoint or find_checkpoint())
     device, reason = pick_device(args.device)
     model = mvg.load(args.checkpoint, device)
     print(f"checkpoint {args.checkpoint}; device {device} ({reason})")
     prompts, failed = Prompts(examples, model, args), []
-    for path in inputs:
+    for path, output in zip(inputs, outputs):
         try:
-            case = Case(path, prompts, model, args, several)
+            case = Case(path, output, prompts, model, args)
             case.write(*case.answer())
-        except DataError as error:
-            if not several:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if len(inputs) == 1:
                 raise
             failed.append(path)
             print(f"error: {error}", file=sys.stderr)

@@ -156,12 +156,12 @@ def interval(values, patients, draws=2000):
 
 def tabulate(lines, dataset):
     """What the ledger's lines of a dataset come to: `summary` of the prediction, of each other
-    answer under its name, and "ignored", the wrong prompts that do not cost anything: 95% of the
+    answer under its name, and "no_cost", the wrong prompts that do not cost anything: 95% of the
     differences, over patients, reach down to 0."""
     scored = [l for l in lines if "scores" in l]
     patients = [l["patient"] for l in scored]
     result = {"task": dataset.task, "cases": len(scored), "patients": len(set(patients)),
-              "failed": len(lines) - len(scored), "ignored": []}
+              "failed": len(lines) - len(scored), "no_cost": []}
     for kind in KINDS:
         if any(kind in l["scores"] for l in scored):
             means = summary([l["scores"].get(kind, {}) for l in scored], patients, dataset)
@@ -178,5 +178,5 @@ def tabulate(lines, dataset):
         span = interval(lost, patients)
         low = span[0] if span else known_mean(lost)
         if low <= 0:  # False for nan: this prompt was not tried
-            result["ignored"].append(kind)
+            result["no_cost"].append(kind)
     return result

@@ -147,7 +147,13 @@ def main(argv=None):
         run = Run(args, recipe, samples, ranks, model)
     run.start(optimizers)
     compile_if_it_works(model, args.compile, ranks, bf16)
-    train(run, losses, optimizers, bf16)
+    try:
+        train(run, losses, optimizers, bf16)
+    except RuntimeError as error:  # torch raises it wherever the program is just then
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError("a loader process was killed, as a system does when memory runs out: "
+                        "pass fewer --workers, and go on with --resume") from error
     return run.end()
 
 

@@ -24,7 +24,7 @@ import mvg
 from metrics import case_values
 from report import answer_sample, clock, draw_loss, draw_samples
 from running.checkpoints import load_checkpoint
-from scans.volumes import DataError, write_json
+from scans.volumes import DataError, read_json, write_json
 
 OBJECTIVES = ("mim", "ar")
 UNKNOWN = 10 ** 7  # steps
@@ -141,6 +141,9 @@ class Run:
             raise DataError(f"{path} was trained on {saved['meta']['datasets']}, here are "
                             f"{model.meta['datasets']}: pass the same data, or start anew with "
                             "another --out")
+        config = self.out / "config.json"
+        if config.exists():
+            self.check_splits(path, read_json(config).get("splits", {}))
         if saved["step"] >= self.stop:
             raise DataError(f"{path} has done {saved['step']} steps of {self.stop}: "
                             "ask for more --steps")
@@ -151,6 +154,23 @@ class Run:
         self.step, self.best, self.spent = saved["step"], saved["best"], saved.get("spent", 0.0)
         ranks.say(f"going on from step {self.step} of {path}")
 
+    def splits(self):
+        """{dataset: {"train" | "test": names of its cases}}"""
+        return {n: {s: sorted(c.name for c in self.samples.store.split(n, s))
+                    for s in ("train", "test")} for n in self.samples.datasets}
+
+    def check_splits(self, path, before):
+        """Raise DataError where a case is not in the split that it had when the run began."""
+        for name, now in self.splits().items():
+            of = [{case: split for split, cases in splits.items() for case in cases}
+                  for splits in (before.get(name, now), now)]
+            for case in sorted(of[0] | of[1]):
+                was, is_now = (splits.get(case, "not there") for splits in of)
+                if was != is_now:
+                    raise DataError(f"{path}: {name} has another split than the run began with, "
+                                    f"{case} was {was} and is {is_now}: put the cases back, or "
+                                    "start anew with another --out")
+
     def open_folder(self):
         """config.json; on --resume the log is cut back to the checkpoint's step."""
         last, samples = self.out / "last.pt", self.samples
@@ -160,13 +180,11 @@ class Run:
         if not self.ranks.main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        splits = {n: {s: sorted(c.name for c in samples.store.split(n, s))
-                      for s in ("train", "test")} for n in samples.datasets}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         write_json(self.out / "config.json", {
             "recipe": asdict(self.recipe), "run": vars(self.args), "steps": self.steps,
             "model": asdict(self.model.config), "ranks": self.ranks.count,
-            "slices_an_epoch": len(samples), "splits": splits,
+            "slices_an_epoch": len(samples), "splits": self.splits(),
             "held_out": {n: [c.name for c in cases] for n, cases in samples.held.items() if cases},
             "split_rules": {n: d.split for n, d in samples.datasets.items()},
             "machine": {"torch": torch.__version__, "python": platform.python_version(),

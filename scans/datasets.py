@@ -33,9 +33,10 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from scans.dicom import read_files, read_header
 from scans.volumes import (
-    DICOM, LPS_TO_RAS, DataError, Volume, check_fit, clean, extension, folders, integer_labels,
-    natural, read_json, read_series, read_volume, shape_text, spacing_text, stem)
+    DICOM, LPS_TO_RAS, DataError, Volume, check_fit, clean, extension, folders, guarded,
+    integer_labels, natural, read_json, read_volume, shape_text, spacing_text, stem)
 
 SYNTHETIC = "synthetic"  # the name of the procedural tasks, which no folder holds
 
@@ -141,19 +142,16 @@ def load_pair(image: Path, label: Path, task: str = "segmentation", positive: bo
 
     task: labels are classes (uint8) for "segmentation", otherwise images. positive: every value
     above 0 is class 1. spacing: replaces an unreliable header's voxel size, three numbers in mm.
-    channel: which volume of a 4-D image. The image's geometry is used for both; where the label's
-    differs the pair's `problems` say so.
-    Raises DataError for a file that cannot be read, a label of another shape or orientation, and
-    classes that are no integers from 0 to 255.
+    channel: which volume of a 4-D image. The image's geometry is used for both; a header that says
+    nothing of its place is a problem.
+    Raises DataError for a file that cannot be read, a label of another shape or place, and classes
+    that are no integers from 0 to 255.
     """
     segmentation = task == "segmentation"
     image = read_volume(image, channel)
     label = read_volume(label, mask=segmentation)
-    check_fit(label, image)
-    pair = Pair(image, label, notes=[v.note for v in (image, label) if v.note])
-    if image.kind != "picture" and lies_elsewhere(label, image):
-        pair.problems.append(f"the header of {label.path.name} says another place or voxel size "
-                             "than its image's, which is used")
+    pair = Pair(image, label, notes=[v.note for v in (image, label) if v.note],
+                problems=[text for text in (check_fit(label, image),) if text])
     label.affine = image.affine
     if segmentation:
         label.array = class_numbers(label, positive)
@@ -162,18 +160,12 @@ def load_pair(image: Path, label: Path, task: str = "segmentation", positive: bo
     return pair
 
 
-def lies_elsewhere(label, image):
-    """Does a header put the label more than a voxel off, or its axes more than a tenth of one?"""
-    voxel = np.linalg.norm(image.affine[:3, :3], axis=0)  # (3,) mm
-    apart = np.abs(label.affine - image.affine)
-    turned = (apart[:3, :3].max(0) > 0.1 * voxel).any()
-    return turned or apart[:3, 3].max() > voxel.max()
-
-
 def class_numbers(label, positive):
     """The classes of a label volume as uint8. Raises DataError for classes above 255."""
     if positive:
         return (label.array > 0).astype(np.uint8)
+    if label.colors:
+        raise DataError(f"{label.path} is a mask in color: save its classes as grays 1, 2, 3, ...")
     numbers = integer_labels(label.array, label.path)
     if numbers.max() > 255:
         raise DataError(f"{label.path} holds the label {numbers.max()}: classes above 255 are not "
@@ -482,15 +474,8 @@ def dose(folder, file):
 
 def series_description(file):
     """The series description of a DICOM file in lower case; None where it has none."""
-    import SimpleITK as sitk
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-        return reader.GetMetaData("0008|103e").lower()
-    except RuntimeError:
-        return None
+    text = guarded(read_header, file, False).get("SeriesDescription")
+    return None if text is None else str(text).lower()
 
 
 def load_series(low, full):
@@ -498,8 +483,8 @@ def load_series(low, full):
 
     Raises DataError where the slices of the two series lie at different heights.
     """
-    image, low_heights = read_series(low)
-    label, full_heights = read_series(full)
+    image, low_heights = read_files(low, low[0].parent, even=False)
+    label, full_heights = read_files(full, full[0].parent, even=False)
     same_shape = image.array.shape == label.array.shape
     if not same_shape or not np.allclose(low_heights, full_heights, atol=0.01):
         raise DataError(f"{image.path} is {shape_text(image.array.shape)} but its full dose is "
@@ -809,24 +794,36 @@ def nnunet(folder):
     """An nnU-Net raw folder: imagesTr/x_0000.EXT + labelsTr/x.EXT, of any known extension.
 
     imagesTs + labelsTs are test if they are there. `"labels": "image"` in dataset.json: labels are
-    images. Of several channels the first (_0000) is used.
+    images. Of several channels the first (_0000) is used. Where a label is "ignore" nothing is
+    learned or scored.
     """
     about = folder_json(folder)
     if about is None or "channel_names" not in about:
         return None
-    task = "synthesis" if about.get("labels") == "image" else "segmentation"
+    labels = about.get("labels")
+    task = "synthesis" if labels == "image" else "segmentation"
     load = partial(load_pair, task=task)
+    if isinstance(labels, dict) and "ignore" in labels:
+        load = partial(load_annotated, ignore=labels["ignore"])
     cases = []
     for part, split in (("Tr", "train"), ("Ts", "test")):
         place = folder / f"labels{part}"
-        labels = {stem(p): p for p in clean(place.glob("*")) if extension(p)}
-        if split == "test" and not labels:
+        files = {stem(p): p for p in clean(place.glob("*")) if extension(p)}
+        if split == "test" and not files:
             continue
         for image in clean((folder / f"images{part}").glob("*_0000.*")):
             name = stem(image).removesuffix("_0000")
-            label = labels.get(name, place / (name + extension(image)))
+            label = files.get(name, place / (name + extension(image)))
             cases.append(make_case(name, name, split, (image, label), load))
     return cases
+
+
+def load_annotated(image, label, ignore):
+    """A pair of which voxels with the label `ignore` have no truth."""
+    pair = load_pair(image, label)
+    pair.valid = pair.label.array != ignore
+    pair.label.array = pair.label.array * pair.valid
+    return pair
 
 
 def folder_json(folder: Path) -> dict | None:
@@ -896,7 +893,8 @@ def named_classes(folder, about, reader):
         if reader is decathlon:  # {"1": "spleen"}
             names = {int(number): str(name) for number, name in labels.items()}
         else:                    # {"spleen": 1}
-            names = {int(number): str(name) for name, number in labels.items()}
+            names = {int(number): str(name) for name, number in labels.items()
+                     if name != "ignore"}
     except (TypeError, ValueError):
         raise DataError(f"{place}: labels {labels} are no plain classes: "
                         "give every class one number") from None

@@ -122,7 +122,7 @@ def health(hit: Found, cases: list, errors: list) -> Health:
         classes_absent=[name for n, name in enumerate(row.labels, 1) if n not in classes],
         notes=hit.notes + decided(cases),
         problems=[*hit.problems, *errors, *defects(cases), *odd_spacing(cases), *constant(cases),
-                  *without_truth(cases, row)])
+                  *without_truth(cases, row), *unnamed(classes, row)])
     if cases:
         result.scaled_from = [min(c.scale[0] for c in cases), max(c.scale[1] for c in cases)]
         result.mean = float(np.mean([c.mean for c in cases]))
@@ -174,6 +174,12 @@ def without_truth(cases, row):
     """Cases from which nothing can be learned."""
     reason = "its label is empty" if row.colored else "no slice has a truth to learn"
     return [f"{c.name}: {reason}" for c in cases if not c.foreground]
+
+
+def unnamed(classes, row):
+    """Label values to which dataset.json gives no name."""
+    return [f"the label {n} occurs, but dataset.json has no name for it" for n in classes
+            if row.labels[n - 1] == f"class {n}"]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,18 +1,26 @@
-"""Which file belongs to which: an image's label, a folder's images, the place of an answer."""
+"""Which file belongs to which: an image's label, a folder's images, the place of an answer.
+
+`Example` is an image with its label, read and checked.
+"""
 
 import os
 from pathlib import Path
 
 import numpy as np
 
-from scans.volumes import (EXTENSIONS, NIFTI, PICTURE, DataError, Volume, extension, is_dicom,
-                           stem)
+from scans.dicom import is_dicom
+from scans.volumes import (EXTENSIONS, ITK, NIFTI, PICTURE, DataError, Scaled, Volume, check_fit,
+                           extension, guess_modality, holds_classes, integer_labels,
+                           intensity_range, natural, odd_values, read_volume, slicing, stem)
 
 LABEL_WORDS = ("label", "labels", "seg", "segmentation", "gt", "mask", "target")
-LABEL_NAMES = [sign + word for word in LABEL_WORDS for sign in ("_", "-")]
+LABEL_NAMES = tuple(sign + word for word in LABEL_WORDS for sign in "_-.")  # 3D Slicer: x.seg
+MODALITIES = ("t1", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair")  # BraTS: x-t1c
 TWINS = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesVa": "labelsVa",
          "imagesVal": "labelsVal", "images": "labels", "image": "label", "img": "label"}
+AXES = ("sagittal", "coronal", "axial")
 ANSWERS = ("_mvg", "_mvg_confidence", "_mvg_overlay")  # how the names of our own files end
+BESIDE = ("_confidence.nii.gz", "_confidence.nii", "_confidence.png", "_overlay.png", ".json")
 
 
 def find_label(image) -> Path:
@@ -20,6 +28,8 @@ def find_label(image) -> Path:
     image = Path(image)
     name, folder = stem(image), image.parent
     base = name[:-5] if name.endswith("_0000") else name  # nnU-Net's number of the channel
+    if name.lower().endswith(tuple(sign + word for word in MODALITIES for sign in "_-")):
+        base = name[:-1 - len(name.replace("_", "-").split("-")[-1])]
     places = [(folder, b + ending) for b in dict.fromkeys((name, base)) for ending in LABEL_NAMES]
     if folder.name in TWINS:
         twin = folder.parent / TWINS[folder.name]
@@ -47,13 +57,11 @@ def find_inputs(given) -> list:
         if not path.is_dir() or is_dicom(path):
             found.append(path)
             continue
-        files = [f for f in sorted(path.iterdir())
-                 if extension(f) and not f.name.startswith(".")]
-        names = {stem(f) for f in files}
-        labels = {n for n in names if any(
-            n.endswith(ending) and n[:-len(ending)] in names for ending in LABEL_NAMES)}
+        files = [f for f in sorted(path.iterdir(), key=natural)
+                 if f.is_file() and extension(f) and not f.name.startswith(".")]
+        names = [stem(f) for f in files]
         images = [f for f in files
-                  if stem(f) not in labels and not stem(f).endswith(ANSWERS)]
+                  if not is_label(stem(f), names) and not stem(f).endswith(ANSWERS)]
         if not images:
             raise DataError(f"{path} holds no image ({' '.join(EXTENSIONS)}) and no DICOM series: "
                             "name another folder")
@@ -61,39 +69,79 @@ def find_inputs(given) -> list:
     return found
 
 
-def output_path(given, source: Volume, inputs, several=False) -> Path:
-    """Where the answer goes: `given`, a file or a folder, or <input>_mvg beside the input.
+def is_label(name, names):
+    """Does a file's name, among those of its folder, say that it is another one's label?"""
+    if name.lower() in LABEL_WORDS:
+        return len(names) > 1
+    base = next((name[:-len(e)] for e in LABEL_NAMES if name.lower().endswith(e)), None)
+    return base is not None and any(
+        n == base or n.startswith((base + "_", base + "-", base + ".")) for n in names
+        if not n.lower().endswith(LABEL_NAMES))
 
-    Without a name the kind is the input's; pictures become PNG and MetaImage .mha. Raises
-    DataError for a place that cannot be written, another kind of file, and any of `inputs`.
+
+def output_paths(given, inputs: list, prompts: list) -> list:
+    """Where the answers to `inputs` go: a path for each, all different, decided before any is made.
+
+    given: a file for one input, a folder, or None: <input>_mvg beside every input. Inputs of one
+    name are told apart by their folders. Without a name the kind is the input's; pictures become
+    PNG, MetaImage .mha and DICOM .nii.gz.
+    Raises DataError for a place that cannot be written, another kind of file, two answers of one
+    name, and the name of an input or of a file of the prompts.
     """
-    folder = Path(given) if given and (several or Path(given).is_dir()) else None
+    folder = Path(given) if given and (len(inputs) > 1 or Path(given).is_dir()) else None
     if given and not folder:
-        path = Path(given)
+        paths = [Path(given)]
     else:
-        path = (folder or source.path.parent) / (stem(source.path) + "_mvg" + own_kind(source))
-    allowed = {"nifti": NIFTI, "itk": (".mha", ".nrrd"), "picture": (".png", ".tif", ".tiff")}
-    allowed = allowed[source.kind]
+        places = [folder or path.parent for path in inputs]
+        names = [stem(path.absolute()) for path in inputs]
+        keys = list(zip(places, names))
+        names = [name if keys.count(key) == 1 else f"{path.absolute().parent.name}_{name}"
+                 for path, name, key in zip(inputs, names, keys)]
+        paths = [place / (name + "_mvg" + own_kind(path))
+                 for place, name, path in zip(places, names, inputs)]
+    used = {Path(p).resolve() for p in [*inputs, *prompts]}
+    first = {}
+    for path, source in zip(paths, inputs):
+        check_output(path, source, used)
+        key = path.resolve().parent / stem(path)
+        if key in first:
+            raise DataError(f"{first[key]} and {source} would both be answered in {path}: "
+                            "rename one, or answer them one by one")
+        first[key] = source
+    return paths
+
+
+def check_output(path, source, used):
+    """Raise DataError where the answer to `source` cannot go to a path. used: not to be written."""
+    allowed = allowed_kinds(source)
     if extension(path) not in allowed:
-        raise DataError(f"--output {path} cannot hold the answer to {source.path.name}: "
+        raise DataError(f"--output {path} cannot hold the answer to {source.name}: "
                         f"end it in {' or '.join(allowed)}")
     if not path.parent.is_dir():
         raise DataError(f"--output {path}: there is no folder {path.parent}: make it first")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise DataError(f"--output {path} cannot be written there: "
                         "name a file in a folder of yours")
-    if path.exists() and path.resolve() in [Path(p).resolve() for p in inputs]:
-        raise DataError(f"--output {path} is one of the inputs: name another file")
-    return path
+    for file in (path, *(path.with_name(stem(path) + ending) for ending in BESIDE)):
+        if file.resolve() in used:
+            raise DataError(f"--output {path}: {file} is one of the inputs: name another file")
+
+
+def allowed_kinds(source):
+    """The endings that the answer's file may have."""
+    kind = extension(source)
+    if kind in PICTURE:
+        return (".png", ".tif", ".tiff")
+    return (".mha", ".nrrd") if kind in ITK else (".nii", ".nii.gz")
 
 
 def own_kind(source):
     """The ending of an answer's file that is like its input's."""
-    kind = extension(source.path)
-    if source.kind == "picture":
+    kind = extension(source)
+    if kind in PICTURE:
         return ".png"
-    alike = {".mhd": ".mha", ".nhdr": ".nrrd", "": ".nii.gz"}  # "": a folder with a DICOM series
-    return alike.get(kind, kind)
+    alike = {".mhd": ".mha", ".nhdr": ".nrrd"}
+    return alike.get(kind, kind if kind in NIFTI + ITK else ".nii.gz")
 
 
 def answer_type(label: Volume, largest, segmentation, output) -> np.dtype:
@@ -118,3 +166,59 @@ def answer_type(label: Volume, largest, segmentation, output) -> np.dtype:
         raise DataError(f"--output {output} cannot hold the numbers of {label.path}, which are no "
                         "integers of a picture: end it in .tif")
     return np.dtype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# A prompt: an image and its label
+
+class Example:
+    """An image with its answer: read, checked against each other, cut into slices.
+
+    args: series, task, modality and axis, as infer.py has them. Raises DataError for files that do
+    not fit.
+    """
+
+    def __init__(self, image, label, args):
+        self.image = read_volume(image, series=args.series)
+        self.label = read_volume(label or find_label(self.image.path), mask=args.task != "image")
+        path = self.label.path
+        self.assumed = check_fit(self.label, self.image)
+        self.segmentation = args.task == "seg" or (
+            args.task == "auto" and holds_classes(self.label.array))
+        if self.segmentation and extension(path) in (".jpg", ".jpeg"):
+            raise DataError(f"{path} is a JPEG, which blurs classes into each other: "
+                            "save the mask as PNG")
+        if self.segmentation:
+            self.label.array = integer_labels(self.label.array, path)
+        elif self.label.kind == "picture":  # its grays, not the indices of a palette
+            self.label = read_volume(path)
+        self.modality = choose_modality(self.image, args)
+        self.cut, self.images = cut_slices(self.image, args)
+
+    @property
+    def labels(self):
+        """The label's slices (K, H, W), in the numbers of its file."""
+        return self.cut.cut(self.label.array)
+
+    def remarks(self):
+        """What was decided in reading the two files, and what is odd about them: [text]."""
+        said = [*remarks(self.image, self.modality), *remarks(self.label)]
+        return said + [f"warning: {self.assumed}"] * bool(self.assumed)
+
+
+def remarks(volume, modality=None):
+    """What was decided in reading a file, and what is odd about its values: [text]."""
+    note, odd = volume.note, odd_values(volume, modality)
+    return ([f"note: {volume.path.name}: {note}"] * bool(note)
+            + [f"warning: {volume.path.name}: {odd}"] * bool(odd))
+
+
+def choose_modality(volume, args):
+    return guess_modality(volume) if args.modality == "auto" else args.modality
+
+
+def cut_slices(volume, args):
+    """How a volume is cut, and its slices in [0, 1]."""
+    cut = slicing(volume, None if args.axis == "auto" else AXES.index(args.axis))
+    low_high = intensity_range(volume, choose_modality(volume, args))
+    return cut, Scaled(cut.cut(volume.array), low_high)

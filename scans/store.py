@@ -39,8 +39,8 @@ import torch
 
 from scans.datasets import Case, Dataset, check_names, find
 from scans.volumes import (
-    DataError, guess_modality, intensity_range, read_json, resize_images, resize_labels, slicing,
-    to_unit, write_json)
+    DataError, guess_modality, intensity_range, odd_values, read_json, resize_images,
+    resize_labels, slicing, to_unit, write_json)
 
 STORE_VERSION = 3
 MAX_SIDE = 512  # paper: images are resized to 512 and cropped to 448; larger slices are reduced
@@ -68,6 +68,9 @@ def prepare_case(case: Case, dataset: Dataset) -> tuple:
     Raises DataError for files that cannot be read or do not fit the dataset.
     """
     pair = case.load()
+    strange = odd_values(pair.image, dataset.modality)
+    if strange and dataset.modality == "ct":
+        pair.problems.append(strange)
     cut = slicing(pair.image)
     scale = intensity_range(pair.image, dataset.modality)
     label, label_scale = prepare_label(pair, cut.cut(pair.label.array), dataset, scale)

@@ -15,6 +15,7 @@ Paper, section 4.1, "Data": CT is clipped to [-100, 200] HU, images are resized.
     write_like("answer.nii.gz", cut.restore(answer), volume)    # (K, H, W) -> (X, Y, Z)
 """
 
+import gzip
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ import re
 import socket
 import sys
 import tempfile
-import zlib
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,13 @@ import torch.nn.functional as F
 NIFTI = (".nii", ".nii.gz")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-EXTENSIONS = NIFTI + ITK + PICTURE
 DICOM = (".dcm", ".ima")
+EXTENSIONS = NIFTI + ITK + PICTURE + DICOM
 MAX_VOXELS = 2 ** 31  # a header that claims more is taken for broken
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK, DICOM: x to the left, y to the back
 CT_WINDOW = (-100.0, 200.0)  # HU; paper, section 4.1
-AIR = -200  # HU; a volume whose values reach it is taken for CT
-BROKEN_FILE_ERRORS = (OSError, EOFError, zlib.error, RuntimeError, ValueError, TypeError, KeyError,
-                      IndexError, OverflowError, SyntaxError)
+FEW_VALUES = 64  # a label of integers with more distinct values has to be made of regions
+AIR = -200  # HU; less is air
 
 
 class DataError(ValueError):
@@ -61,6 +61,7 @@ class Volume:
     shape: tuple | None = None  # as stored in a NIfTI file, which may have other than three axes
     eight_bit: bool = False  # stored as uint8: its natural range is 0..255
     note: str = ""           # what was decided while reading
+    colors: bool = False     # a mask in color: its numbers are red * 65536 + green * 256 + blue
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,55 +121,58 @@ def _voxel_size(affine):
 # --------------------------------------------------------------------------------------------------
 # Reading one file
 
-def read_volume(path, channel: int | None = None, mask: bool = False) -> Volume:
-    """Read one NIfTI, MetaImage, NRRD, DICOM or picture file.
+def read_volume(path, channel: int | None = None, mask: bool = False,
+                series: str | None = None) -> Volume:
+    """Read one NIfTI, MetaImage, NRRD, DICOM or picture file, or a folder with a DICOM series.
 
     Integers stay integers, other numbers become float32; a header's slope and intercept are
     applied. Color pictures become gray.
 
     channel: which volume of a 4-D file, from 0 (the last one of a NIfTI file that has fewer).
         None refuses a 4-D file.
-    mask: read a palette picture as its indices, and a 1-bit picture as 0 and 1.
+    mask: the file holds classes: a palette picture is read as its indices, a 1-bit picture as 0
+        and 1, a color picture as a number for every color (`Volume.colors`).
+    series: the number (from 1) or the UID of one of several series in a folder.
     Raises DataError for a file that is missing, of an unknown kind, unreadable, 4-D, empty, or has
     values that are not finite.
     """
+    from scans.dicom import is_dicom, read_dicom
+
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such file: check the path")
-    return _read_checked(_reader_of(path), path, channel, mask)
-
-
-def _reader_of(path):
-    """The function that reads a file of this name. Raises DataError for an unknown ending."""
     kind = extension(path)
+    if path.is_dir() or guarded(is_dicom, path):
+        return guarded(read_dicom, path, series)
     if kind in NIFTI:
-        return _read_nifti
-    if kind in ITK or path.suffix.lower() in DICOM:
-        return _read_itk
-    if kind in PICTURE:
-        return _read_picture
-    raise DataError(f"{path} is of an unknown kind {path.suffix or '(no extension)'!r}: "
-                    f"pass one of {' '.join(EXTENSIONS)}")
+        volume = guarded(_read_nifti, path, channel)
+    elif kind in ITK:
+        volume = guarded(read_itk, path, channel)
+    elif kind in PICTURE:
+        volume = guarded(_read_picture, path, mask)
+    elif path.suffix.lower() in (".hdr", ".img"):
+        raise DataError(f"{path} is a half of a pair .hdr and .img: save the scan as one .nii file")
+    else:
+        raise DataError(f"{path} is of an unknown kind {path.suffix or '(no extension)'!r}: "
+                        f"pass one of {' '.join(EXTENSIONS)}")
+    return check_values(volume)
 
 
-def _read_checked(read: Callable, path, channel=None, mask=False):
-    """Call read(path, channel, mask); whatever goes wrong becomes a DataError of one line."""
+def guarded(read: Callable, path, *more) -> Any:
+    """read(path, *more); whatever goes wrong becomes a DataError of one line."""
     try:
         with quiet():
-            volume = read(path, channel, mask)
+            return read(path, *more)
     except DataError:
         raise
     except MemoryError:
         raise DataError(f"{path} does not fit in memory: crop or resample it") from None
-    except BROKEN_FILE_ERRORS as error:
+    except PermissionError:
+        raise DataError(f"{path} may not be read: ask its owner for the right to") from None
+    except Exception as error:  # the libraries have exception types of their own
         text = " ".join(str(error).split())[-100:] or type(error).__name__
         raise DataError(f"{path} cannot be read ({text}): the file is damaged or cut short, "
                         "fetch it again") from None
-    except Exception as error:  # nibabel has exception types of its own
-        raise DataError(f"{path} cannot be read ({type(error).__name__}): the file is damaged, "
-                        "fetch it again") from None
-    _check_values(volume.array, path)
-    return volume
 
 
 @contextmanager
@@ -183,7 +187,9 @@ def quiet() -> Iterator[None]:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
@@ -197,15 +203,17 @@ def _check_size(shape, path):
                         "or resample it")
 
 
-def _check_values(array, path):
+def check_values(volume: Volume) -> Volume:
+    """The volume itself. Raises DataError where it is empty or has values that are not finite."""
+    array, path = volume.array, volume.path
     if array.size == 0:
         raise DataError(f"{path} is empty ({shape_text(array.shape)}): pass an image with voxels")
-    if array.dtype.kind != "f":
-        return
-    finite = np.isfinite(array)
-    if not finite.all():
-        raise DataError(f"{path} has {int((~finite).sum())} voxels that are NaN or infinite: "
-                        "replace them, for example by the background value")
+    if array.dtype.kind == "f":
+        finite = np.isfinite(array)
+        if not finite.all():
+            raise DataError(f"{path} has {int((~finite).sum())} voxels that are NaN or infinite: "
+                            "replace them, for example by the background value")
+    return volume
 
 
 def _three_axes(array, path, channel, fix):
@@ -230,17 +238,51 @@ def _single_precision(array):
 
 # ---- NIfTI
 
-def _read_nifti(path, channel, mask):
-    import nibabel
-
-    image = nibabel.load(path)
+def _read_nifti(path, channel):
+    image = _open_nifti(path)
     _check_size(image.shape, path)
     _check_gray(image.dataobj.dtype, path)
     array, note = _nifti_array(image, path, channel)
-    _check_affine(image.affine, path)
+    affine, notes = _nifti_affine(image, path)
     shape = image.shape if channel is None else None  # one channel has another shape than its file
     eight_bit = image.dataobj.dtype == np.uint8
-    return Volume(array, image.affine, path, "nifti", image.header, shape, eight_bit, note)
+    note = "; ".join(filter(None, [note, *notes]))
+    return Volume(array, affine, path, "nifti", image.header, shape, eight_bit, note)
+
+
+def _open_nifti(path):
+    """The nibabel image of a file. Its content decides whether it is gzipped, not its name."""
+    import nibabel
+
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    if path.name.endswith(".nii.gz" if zipped else ".nii"):
+        return nibabel.load(path)
+    content = path.read_bytes()
+    if zipped:
+        content = gzip.decompress(content)
+    second = 540 in (int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big"))
+    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
+
+
+def _nifti_affine(image, path):
+    """The (4, 4) affine in mm and what was decided: [text].
+
+    A header whose sform cannot be used is placed by its qform. Raises DataError where both fail.
+    """
+    header, affine, notes = image.header, image.affine, []
+    if is_flat(affine) and header["qform_code"] > 0:
+        affine = header.get_qform()
+        header.set_sform(None, 0)
+        notes.append("its sform cannot be inverted, the qform is used")
+    elif not header["sform_code"] and not header["qform_code"]:
+        notes.append("its header has no orientation: x is taken for right, y for front, z for up")
+    check_affine(affine, path)
+    unit = int(header["xyzt_units"]) & 7
+    in_mm = {1: 1000.0, 3: 0.001}.get(unit, 1.0)  # metres, micrometres
+    if in_mm != 1:
+        notes.append(f"its header counts in {'metres' if unit == 1 else 'micrometres'}")
+    return np.diag([in_mm] * 3 + [1.0]) @ affine, notes
 
 
 def _check_gray(dtype, path):
@@ -267,21 +309,31 @@ def _nifti_array(image, path, channel):
     return _single_precision(array), note
 
 
-def _check_affine(affine, path):
-    """Raise DataError for an affine that is not finite, or whose axes lie in one plane."""
-    finite = np.isfinite(affine).all()
-    if not finite or abs(np.linalg.det(affine[:3, :3])) < 1e-6 * np.prod(_voxel_size(affine)):
+def is_flat(affine: np.ndarray) -> bool:
+    """Is an affine (4, 4) not finite, or do its axes lie in one plane?"""
+    if not np.isfinite(affine).all():
+        return True
+    return abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * np.prod(_voxel_size(affine))
+
+
+def check_affine(affine: np.ndarray, path) -> None:
+    """Raise DataError for an affine that cannot be inverted."""
+    if is_flat(affine):
         raise DataError(f"{path} has an affine that cannot be inverted: repair its header")
 
 
-# ---- MetaImage, NRRD and single DICOM files
+# ---- MetaImage and NRRD, and the pixels of DICOM files
 
-def _read_itk(path, channel, mask):
+def read_itk(path, channel=None) -> Volume:
+    """What SimpleITK makes of a MetaImage, NRRD or DICOM file, whatever its name ends in."""
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    kinds = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO",
+             ".nhdr": "NrrdImageIO"}
+    reader.SetImageIO(kinds.get(extension(path), "GDCMImageIO"))
     reader.ReadImageInformation()
     _check_size(reader.GetSize(), path)
     image = reader.Execute()
@@ -309,142 +361,51 @@ def _itk_affine(image):
 
 # ---- Pictures
 
-def _read_picture(path, channel, mask):
-    from PIL import Image
+def _read_picture(path, mask):
+    from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # the limit here is MAX_VOXELS
-    with Image.open(path) as picture:
-        _check_size(picture.size, path)
+    with open(path, "rb") as file, Image.open(file) as picture:  # by its path Pillow 13 leaves
+        _check_size(picture.size, path)                          # a turned TIFF as it is
         pages = getattr(picture, "n_frames", 1)
         if pages > 1:
             raise DataError(f"{path} has {pages} pages: save the one that is meant alone")
-        gray = picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
-        indexed = picture.mode in ("1", "P")  # 1 bit, or a palette
-        as_stored = gray or (mask and indexed)
-        array = np.array(picture if as_stored else picture.convert("L"))  # (H, W)
-    if array.dtype == bool:
-        array = array.astype(np.uint8)
+        notes = []
+        if picture.getexif().get(0x0112, 1) != 1:
+            notes.append("it is turned as its EXIF orientation says")
+        array, more = _pixels(ImageOps.exif_transpose(picture), mask)  # (H, W) or (H, W, 3)
+        if array.dtype == np.uint16 and picture.format == "TIFF" and picture.tag_v2.get(262) == 0:
+            array = 65535 - array  # Pillow inverts those of 8 bits itself
+            notes.append("its TIFF tag says that white is 0, so it is inverted")
+    colors = array.ndim == 3
+    if colors:
+        array = array.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+        more.append("every color is a class")
     array = _single_precision(array).T[:, :, None]  # (H, W) -> (W, H, 1)
-    note = "" if gray or indexed else "a color picture is read as gray"
     eight_bit = array.dtype == np.uint8
-    return Volume(array, LPS_TO_RAS, path, "picture", eight_bit=eight_bit, note=note)
+    return Volume(array, LPS_TO_RAS, path, "picture", eight_bit=eight_bit,
+                  note="; ".join(notes + more), colors=colors)
 
 
-# --------------------------------------------------------------------------------------------------
-# DICOM series: a folder with a file a slice
+def _pixels(picture, mask):
+    """The pixels of an upright picture, (H, W), or (H, W, 3) where colors are classes; notes."""
+    from PIL import Image
 
-def is_dicom(folder: Path) -> bool:
-    """Does a folder hold a DICOM file?
-
-    The files are looked at in the order of their names. A file that ends in .dcm or .ima is one.
-    The first file without a known ending decides: after its first 128 bytes a DICOM file says DICM.
-    """
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
-            continue
-        if file.suffix.lower() in DICOM:
-            return True
-        if not extension(file):
-            with open(file, "rb") as content:
-                return content.read(132)[128:] == b"DICM"
-    return False
-
-
-def read_image(path, series: str | None = None) -> Volume:
-    """Read a file as `read_volume` does, or a folder that holds a DICOM series as one volume.
-
-    A series is in HU where it is CT, and its `Volume` is of the kind "nifti". It may be oblique:
-    slices are sorted along their normal, and the affine says where they lie.
-
-    series: the number (from 1) or the UID of one of several series in the folder.
-    Raises DataError for a folder without a series, for several of which none was chosen, for slices
-    that do not fit together, and for gaps between slices.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return read_volume(path)
-    import nibabel
-
-    slices = sorted((_read_dicom(file) for file in _series_files(path, series)), key=_height)
-    grids = {(v.array.shape, *np.round(v.affine[:3, :2], 3).ravel()) for v in slices}
-    if len(grids) > 1:
-        raise DataError(f"{path} holds slices of different sizes or directions: "
-                        "name the folder of one series")
-    affine = slices[0].affine.copy()
-    if len(slices) > 1:
-        affine[:3, 2] = _slice_step(slices, path)
-    array = np.concatenate([v.array for v in slices], axis=2)
-    return Volume(array, affine, path, "nifti", nibabel.Nifti1Image(array, affine).header)
-
-
-def _series_files(folder, wanted):
-    """The files of the series wanted (number, UID or None) in a folder, in no order."""
-    import SimpleITK as sitk
-
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    find = sitk.ImageSeriesReader
-    with quiet():
-        uids = sorted(find.GetGDCMSeriesIDs(str(folder)))
-        files = {uid: find.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
-    if not uids:
-        raise DataError(f"{folder} holds no DICOM series: name a file, or the folder with the "
-                        "series' files")
-    listed = "; ".join(f"{n}: {len(files[uid])} files, {uid}" for n, uid in enumerate(uids, 1))
-    chosen = choose_series(wanted, uids)
-    if wanted and chosen is None:
-        raise DataError(f"{folder} has no series {wanted!r} but {listed}: pass one of their "
-                        "numbers")
-    if chosen is None and len(uids) > 1:
-        raise DataError(f"{folder} has {len(uids)} series ({listed}): choose one with --series")
-    return files[chosen or uids[0]]
-
-
-def choose_series(wanted: str | None, uids: list) -> str | None:
-    """The UID that is wanted, by itself or by its number in the list (from 1); None if neither."""
-    if wanted in uids:
-        return wanted
-    if wanted and wanted.isdigit() and 1 <= int(wanted) <= len(uids):
-        return uids[int(wanted) - 1]
-    return None
-
-
-def _read_dicom(file):
-    """One slice of a series, whatever its name ends in: (X, Y, 1)."""
-    return _read_checked(_read_itk, Path(file))
-
-
-def _height(volume):
-    """Where a slice lies along its own normal: mm times the area of a pixel."""
-    return volume.affine[:3, 3] @ np.cross(volume.affine[:3, 0], volume.affine[:3, 1])
-
-
-def _slice_step(slices, path):
-    """From one slice to the next, in mm (3,): the mean. Raises DataError for gaps and doubles."""
-    steps = np.diff([v.affine[:3, 3] for v in slices], axis=0)  # (slices - 1, 3)
-    lengths = np.linalg.norm(steps, axis=1)
-    if lengths.min() < 1e-3 or lengths.max() > 1.5 * np.median(lengths):
-        raise DataError(f"{path}: its {len(slices)} slices are {lengths.min():.2f} to "
-                        f"{lengths.max():.2f} mm apart: files are missing, or two series are mixed")
-    return steps.mean(0)
-
-
-def read_series(files: list) -> tuple:
-    """DICOM files of an axial series -> (Volume, heights of its slices in mm), the lowest first.
-
-    Values are in HU: every file's own slope and intercept are applied. Unlike `read_image`, which
-    reads a user's folder, the heights alone decide and gaps are no error: a dataset's two series of
-    one patient are compared by their heights.
-    Raises DataError for a file that cannot be read and for slices of different sizes.
-    """
-    slices = sorted((read_volume(file) for file in files), key=lambda v: v.affine[2, 3])
-    heights = [v.affine[2, 3] for v in slices]
-    if len({v.array.shape for v in slices}) > 1:
-        raise DataError(f"{files[0].parent} holds slices of different sizes: fetch it again")
-    affine = slices[0].affine.copy()
-    if len(slices) > 1:
-        affine[:3, 2] = 0, 0, np.median(np.diff(heights)) or 1.0
-    array = np.concatenate([v.array for v in slices], axis=2)
-    return Volume(array, affine, files[0].parent, "itk"), heights
+    gray = picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
+    if gray or (mask and picture.mode in ("1", "P")):  # 1 bit, or a palette's indices
+        array = np.array(picture)
+        return (array.astype(np.uint8) if array.dtype == bool else array), []
+    notes, rgb = [], np.array(picture.convert("RGB"))
+    if picture.has_transparency_data:
+        alpha = np.array(picture.convert("RGBA"))[..., 3:]
+        if alpha.min() < 255:
+            rgb = np.rint(rgb * (alpha / 255)).astype(np.uint8)
+            notes.append("where it is transparent (alpha) it is read as black")
+    if (rgb == rgb[..., :1]).all():
+        return rgb[..., 0], notes
+    if mask:
+        return rgb, notes
+    return np.array(Image.fromarray(rgb).convert("L")), [*notes, "a color picture is read as gray"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -474,24 +435,74 @@ def integer_labels(array: np.ndarray, path) -> np.ndarray:
     return rounded.astype(np.int64)
 
 
-def check_fit(label: Volume, image: Volume) -> None:
-    """Raise DataError unless two volumes have one shape and one orientation.
+def holds_classes(array: np.ndarray) -> bool:
+    """Are the values of a label (X, Y, Z) classes, or is it an image?
 
-    An axis that points elsewhere is refused. A slip of shift or spacing is common and is not.
+    Integers are classes if they are few, or if most neighbours are equal.
+    """
+    if array.dtype.kind == "f" and np.abs(array - np.rint(array)).max() > 1e-3:
+        return False
+    values, counts = np.unique(array, return_counts=True)
+    if len(values) <= FEW_VALUES:
+        return True
+    usual, pairs, equal = values[counts.argmax()], 0, 0
+    for axis in range(3):
+        one, next_one = (np.delete(array, end, axis) for end in (-1, 0))
+        inside = (one != usual) & (next_one != usual)
+        pairs, equal = pairs + inside.sum(), equal + (inside & (one == next_one)).sum()
+    return bool(equal > pairs / 2)
+
+
+def number_colors(labels: list) -> str:
+    """Number the classes of masks in color, the same color alike in all; says how, "" if none is.
+
+    Raises DataError where some of the label volumes are in color and some are not.
+    """
+    if not any(label.colors for label in labels):
+        return ""
+    gray = [label.path for label in labels if not label.colors]
+    if gray:
+        raise DataError(f"{gray[0]} holds grays and another label colors: save both alike")
+    colors = np.unique(np.concatenate([np.unique(label.array) for label in labels]))
+    colors = colors[colors > 0]
+    for label in labels:
+        numbers = np.where(label.array > 0, np.searchsorted(colors, label.array) + 1, 0)
+        label.array = integer_labels(numbers, label.path)
+    table = ", ".join(f"{n} = #{color:06x}" for n, color in enumerate(colors, 1))
+    return f"colors become classes: {table}; black is the background"
+
+
+def check_fit(label: Volume, image: Volume) -> str:
+    """What is assumed where a label lies on its image's voxels: a text, "" if nothing.
+
+    Corners up to a voxel apart are a slip of the header. A header that says nothing (1 mm, from 0)
+    is no contradiction. Raises DataError for another shape, and for another place.
     """
     if label.array.shape != image.array.shape:
         raise DataError(f"{label.path} is {shape_text(label.array.shape)} but its image is "
                         f"{shape_text(image.array.shape)}: pass the label that belongs to it")
     if "picture" in (label.kind, image.kind):
-        return
-    directions = [v.affine[:3, :3] / _voxel_size(v.affine) for v in (label, image)]
-    cosines = (directions[0] * directions[1]).sum(0)  # of each label axis and its image axis
-    if (cosines < 0.7).any():
-        import nibabel
+        return ""
+    ends = np.array(np.meshgrid(*([0, n - 1] for n in image.array.shape))).reshape(3, 8)
+    ends = np.vstack([ends, np.ones(8)])  # (4, 8): the corners
+    apart = np.linalg.norm((label.affine - image.affine)[:3] @ ends, axis=0).max()
+    if apart <= _voxel_size(image.affine).max():
+        return ""
+    silent = [Path(v.path).name for v in (label, image) if np.allclose(np.abs(v.affine), np.eye(4))]
+    if len(silent) == 1:
+        return f"{silent[0]} does not say where it lies: the label is laid on its image's voxels"
+    raise DataError(f"{label.path} lies elsewhere than its image, up to {apart:.4g} mm: "
+                    f"{_place_text(label)}, the image {_place_text(image)}: pass the label that "
+                    "belongs to it, or resample it onto the image")
 
-        stored = ["".join(map(str, nibabel.aff2axcodes(v.affine))) for v in (label, image)]
-        raise DataError(f"{label.path} is stored as {stored[0]} but its image as {stored[1]}: "
-                        "resample it onto the image")
+
+def _place_text(volume):
+    """Where a volume lies: its axes, its voxels and its first voxel."""
+    import nibabel
+
+    axes = "".join(map(str, nibabel.aff2axcodes(volume.affine)))
+    first = ", ".join(f"{v:.4g}" for v in volume.affine[:3, 3])
+    return f"{axes} from ({first}) mm with voxels of {spacing_text(volume)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -562,10 +573,32 @@ def _coarsest(mm, volume):
 # Intensities and sizes
 
 def guess_modality(volume: Volume) -> str:
-    """ct (values reach air), picture (8 bits), else mri: for files that no dataset describes."""
+    """ct (see `looks_like_ct`), picture (8 bits), else mri: for files that no dataset describes."""
     if volume.kind == "picture" and volume.eight_bit:
         return "picture"
-    return "ct" if volume.array.min() <= AIR else "mri"
+    return "ct" if looks_like_ct(volume.array) else "mri"
+
+
+def looks_like_ct(array: np.ndarray) -> bool:
+    """Are there voxels of air, and others between air and water? A thousandth of each is enough.
+
+    Padding of an MRI has no values between -200 and 0. A few voxels decide nothing.
+    """
+    least = 0.001 * array.size
+    return np.count_nonzero(array <= AIR) > least and \
+        np.count_nonzero((array > AIR) & (array < 0)) > least
+
+
+def odd_values(volume: Volume, modality: str) -> str:
+    """What is strange about the values of a volume of this modality: a text, "" if nothing is."""
+    lowest = volume.array.min()
+    if modality == "ct" and lowest >= 0:
+        return (f"its lowest value is {lowest:g}, so it is not in HU (Hounsfield units): "
+                "CT is shown from -100 to 200 HU; subtract what was added")
+    if modality == "mri" and lowest <= AIR:
+        return (f"its values reach {lowest:g}, but it has too few below 0 for CT and is taken "
+                "for MRI")
+    return ""
 
 
 def intensity_range(volume: Volume, modality: str) -> tuple:
@@ -705,6 +738,9 @@ def command_line(main: Callable) -> None:
     What a user can mend ends the program with one line and status 2. MVG_DEBUG=1 in the environment
     shows where it came from.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what a terminal cannot print
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (ValueError, OSError) as error:  # DataError is a ValueError

@@ -26,7 +26,8 @@ from recipe import Recipe
 from scans import datasets
 from scans.datasets import DATASETS, Found, find
 from scans.store import Store, StoredCase, prepare, prepare_case
-from scans.volumes import DataError, natural, read_series, read_volume, resize_labels, slicing
+from scans.dicom import read_files
+from scans.volumes import DataError, natural, read_volume, resize_labels, slicing
 from test_volumes import CODES, marker, reoriented, write_nifti, write_png
 
 
@@ -225,7 +226,7 @@ def test_orientation_holds_down_to_the_store(tmp_path):
 
     hu = marker()[0].transpose(2, 1, 0)
     files = write_dicom(tmp_path / "series", hu, order=(3, 0, 4, 1, 2))
-    volume, heights = read_series(files)
+    volume, heights = read_files(files, tmp_path)
     assert np.array_equal(slicing(volume).cut(volume.array) == 700, expected)
     assert heights == [-100, -95, -90, -85, -80]
 
@@ -608,6 +609,21 @@ def test_deeplesion_of_8_bits_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # dataset.json
+
+def test_what_nobody_annotated_has_no_truth(tmp_path):
+    """nnU-Net's ignore label is no class: `valid` is False there."""
+    folder = tmp_path / "Dataset900_X"
+    write_pair(folder, "a", labels={"background": 0, "thing": 1, "ignore": 2})
+    label = nibabel.load(folder / "labelsTr" / "a.nii.gz")
+    array = np.asarray(label.dataobj).copy()
+    array[:5] = 2
+    nibabel.Nifti1Image(array, label.affine).to_filename(folder / "labelsTr" / "a.nii.gz")
+    hit = find(tmp_path)["Dataset900_X"]
+    pair = hit.cases[0].load()
+    assert hit.dataset.labels == ("thing",)
+    assert np.array_equal(pair.valid, array != 2)
+    assert np.array_equal(pair.label.array, np.where(array == 2, 0, array))
+
 
 def decathlon(folder, image="./imagesTr/a_1.nii.gz", label="./labelsTr/a_1.nii.gz", **more):
     """A Decathlon task that lists this pair first, then a_10 (not there), a_2, a_3 and a_4."""

@@ -21,7 +21,7 @@ from fakes import Echo, failure, fake
 from lab import unet
 from predict import Options
 from scans import boxes
-from scans.datasets import DATASETS
+from scans.datasets import DATASETS, Dataset
 from scans.store import Store
 
 
@@ -112,6 +112,15 @@ def test_the_kept_slices_are_those_with_foreground_unless_all_are_asked_for(stor
     for answer in (some, every):
         assert {a.shape for a in answer.answers.values()} == {answer.images.shape}
         assert len(answer.prompt_images) == len(answer.prompt_labels) == len(answer.images)
+
+
+def test_voxels_without_a_truth_are_not_scored():
+    truth = np.array([[[0, 1, 1, 0]]])
+    valid = np.array([[[True, True, True, False]]])
+    answer = evaluation.Answer(truth * 0.0, truth, valid, "", None, None, [])
+    answer.answers["prediction"] = np.array([[[0, 1, 0, 1]]])  # the last pixel does not count
+    assert score("prediction", answer, Dataset("x", "", "", "mri", "segmentation", ("a",))) == \
+        {"a": (0.5, 2 / 3)}
 
 
 def test_boxes_of_a_case_are_scored_as_masks_or_as_they_are_drawn():
@@ -220,12 +229,12 @@ def test_wrong_prompts(store, checkpoint, tmp_path, monkeypatch, capsys):
     assert set(metrics.WRONG) < set(falls["acdc"]) and "other_class" not in falls["la"]
     assert "empty" in falls["Dataset802_MsT1ToFlair"]
     assert falls["acdc"]["mIoU"] == 1 and falls["acdc"]["other_class"]["mIoU"] == 0
-    assert not any(r["ignored"] for r in falls.values())
+    assert not any(r["no_cost"] for r in falls.values())
     capsys.readouterr()
     model.always = True
     stays = evaluation.main([*argv, "--out", str(tmp_path / "b")])
-    assert stays["la"]["ignored"] == ["other_dataset"]
-    assert stays["acdc"]["ignored"] == ["other_class", "other_dataset"]
+    assert stays["la"]["no_cost"] == ["other_dataset"]
+    assert stays["acdc"]["no_cost"] == ["other_class", "other_dataset"]
     said = capsys.readouterr().out
     assert "la: the score does not fall with a prompt that is wrong (other dataset)" in said
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from scans.files import answer_type, find_inputs, find_label, output_path
+from scans.files import answer_type, find_inputs, find_label, output_paths
 from scans.volumes import DataError, Volume
 
 
@@ -33,6 +33,10 @@ def source(path, kind="nifti", array=None, **more):
     ("a.nii.gz", "a_target.nii.gz"),
     ("a.png", "a-mask.png"),
     ("a.mhd", "a_labels.mha"),
+    ("a.nrrd", "a.seg.nrrd"),
+    ("a.dcm", "a_label.png"),
+    ("BraTS-GLI-00001-000-t1c.nii.gz", "BraTS-GLI-00001-000-seg.nii.gz"),
+    ("p_flair.nii", "p_seg.nii"),
     ("imagesTr/c_0000.nii.gz", "labelsTr/c.nii.gz"),
     ("imagesTr/c.nii.gz", "labelsTr/c.nii.gz"),
     ("imagesTs/c.nii.gz", "labelsTs/c.nii.gz"),
@@ -73,6 +77,18 @@ def test_a_folder_stands_for_its_images(tmp_path):
         find_inputs([tmp_path / "empty"])
 
 
+@pytest.mark.parametrize("names,images", (
+    ("x-t1c.nii.gz x-t2w.nii.gz x-seg.nii.gz", "x-t1c.nii.gz x-t2w.nii.gz"),  # BraTS
+    ("p.nrrd p.seg.nrrd", "p.nrrd"),                                          # 3D Slicer
+    ("ct.nii.gz seg.nii.gz", "ct.nii.gz"),
+    ("seg.nii.gz", "seg.nii.gz"),
+    ("a_seg.nii b_seg.nii", "a_seg.nii b_seg.nii"),
+))
+def test_labels_of_a_folder_are_no_inputs(tmp_path, names, images):
+    touch(*(tmp_path / name for name in names.split()))
+    assert [p.name for p in find_inputs([tmp_path])] == images.split()
+
+
 def test_a_folder_with_a_dicom_series_is_one_input(tmp_path):
     (tmp_path / "scan").mkdir()
     image = sitk.GetImageFromArray(np.zeros((4, 5), np.int16))
@@ -84,47 +100,66 @@ def test_a_folder_with_a_dicom_series_is_one_input(tmp_path):
 # Answers
 
 
-@pytest.mark.parametrize("name,kind,answer", (
-    ("a.nii", "nifti", "a_mvg.nii"),
-    ("a.nii.gz", "nifti", "a_mvg.nii.gz"),
-    ("a.mha", "itk", "a_mvg.mha"),
-    ("a.mhd", "itk", "a_mvg.mha"),
-    ("a.nrrd", "itk", "a_mvg.nrrd"),
-    ("a.nhdr", "itk", "a_mvg.nrrd"),
-    ("a.jpg", "picture", "a_mvg.png"),
-    ("a.tif", "picture", "a_mvg.png"),
-    ("scan", "nifti", "scan_mvg.nii.gz"),
+@pytest.mark.parametrize("name,answer", (
+    ("a.nii", "a_mvg.nii"), ("a.nii.gz", "a_mvg.nii.gz"), ("A.NII.GZ", "A_mvg.nii.gz"),
+    ("a.mha", "a_mvg.mha"), ("a.mhd", "a_mvg.mha"), ("a.nrrd", "a_mvg.nrrd"),
+    ("a.nhdr", "a_mvg.nrrd"), ("a.jpg", "a_mvg.png"),
+    ("a.tif", "a_mvg.png"), ("scan", "scan_mvg.nii.gz"), ("a.dcm", "a_mvg.nii.gz"),
+    ("1.2.840.7", "1.2.840.7_mvg.nii.gz"),
 ))
-def test_without_a_name_the_answer_lies_beside_its_input(tmp_path, name, kind, answer):
-    assert output_path(None, source(tmp_path / name, kind), []) == tmp_path / answer
+def test_without_a_name_the_answer_lies_beside_its_input(tmp_path, name, answer):
+    scan, other = tmp_path / name, tmp_path / "other.nii"
+    assert output_paths(None, [scan], []) == [tmp_path / answer]
     (tmp_path / "out").mkdir()
-    scan = source(tmp_path / name, kind)
-    for several in (False, True):
-        assert output_path(tmp_path / "out", scan, [], several) == tmp_path / "out" / answer
+    assert output_paths(tmp_path / "out", [scan], []) == [tmp_path / "out" / answer]
+    assert output_paths(tmp_path / "out", [scan, other], [])[0] == tmp_path / "out" / answer
+
+
+def test_no_two_inputs_have_one_answer(tmp_path):
+    scans = [tmp_path / "s0" / "ct.nii.gz", tmp_path / "s1" / "ct.nii.gz", tmp_path / "b.nii"]
+    touch(*scans)
+    (tmp_path / "out").mkdir()
+    assert [p.name for p in output_paths(tmp_path / "out", scans, [])] == \
+        ["s0_ct_mvg.nii.gz", "s1_ct_mvg.nii.gz", "b_mvg.nii"]
+    assert [p.parent for p in output_paths(None, scans, [])] == [p.parent for p in scans]
+    (tmp_path / "link.nii").symlink_to(scans[2])  # has a name of its own
+    assert [p.name for p in output_paths(tmp_path / "out", [scans[2], tmp_path / "link.nii"], [])] \
+        == ["b_mvg.nii", "link_mvg.nii"]
+    for twin in ("a.jpg", "a.tif"), ("a.nii", "a.nii.gz"), ("a.mhd", "a.nrrd"):
+        with pytest.raises(DataError, match="would both be answered in"):
+            output_paths(None, [tmp_path / name for name in twin], [])
+    with pytest.raises(DataError, match="would both be answered in"):  # the same file twice
+        output_paths(tmp_path / "out", [scans[2], scans[2]], [])
 
 
 def test_an_answer_goes_where_it_was_asked_to(tmp_path):
-    scan = source(tmp_path / "a.nii.gz")
-    touch(tmp_path / "old.nii.gz", scan.path)
+    scan = tmp_path / "a.nii.gz"
+    touch(tmp_path / "old.nii.gz", scan)
     for name in ("x.nii", "old.nii.gz"):  # an answer may be written again
-        assert output_path(tmp_path / name, scan, [scan.path]) == tmp_path / name
+        assert output_paths(tmp_path / name, [scan], []) == [tmp_path / name]
     for name, words in (("x.png", r"cannot hold the answer to a.nii.gz: end it in .nii or .nii.gz"),
                         ("x", "cannot hold the answer"),
                         ("no/x.nii", "there is no folder"),
                         ("a.nii.gz", "is one of the inputs")):
         with pytest.raises(DataError, match=words):
-            output_path(tmp_path / name, scan, [scan.path])
-    with pytest.raises(DataError, match="is one of the inputs"):  # by whatever name it is called
-        output_path(tmp_path / "." / "a.nii.gz", scan, [f"{tmp_path}/./a.nii.gz"])
+            output_paths(tmp_path / name, [scan], [])
+    prompt = tmp_path / "p_label.nii.gz"
+    touch(prompt, tmp_path / "x_overlay.png")
+    (tmp_path / "link.nii.gz").symlink_to(prompt)
+    for name in ("./p_label.nii.gz", "link.nii.gz"):  # by whatever name it is called
+        with pytest.raises(DataError, match="is one of the inputs"):
+            output_paths(tmp_path / name, [scan], [prompt])
+    with pytest.raises(DataError, match="x_overlay.png is one of the inputs"):  # --overlay's
+        output_paths(tmp_path / "x.nii.gz", [scan], [tmp_path / "x_overlay.png"])
     (tmp_path / "folder.nii").mkdir()
-    assert output_path(tmp_path / "folder.nii", scan, []).parent == tmp_path / "folder.nii"
+    assert output_paths(tmp_path / "folder.nii", [scan], [])[0].parent == tmp_path / "folder.nii"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(DataError, match="cannot be written there"):
-        output_path(tmp_path / "locked" / "x.nii", source(tmp_path / "a.nii"), [])
+        output_paths(tmp_path / "locked" / "x.nii", [tmp_path / "a.nii"], [])
 
 
 def test_the_numbers_of_a_mask_hold_its_largest_class(tmp_path):

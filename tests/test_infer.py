@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
@@ -453,6 +454,73 @@ def test_several_inputs_and_prompts(tmp_path, echo, capsys):
     assert "2 prompts and 1 labels" in failure(capsys, infer.main, *argv, *given)
     argv[-1] = tmp_path / "nowhere"
     assert "is no folder" in failure(capsys, infer.main, *argv)
+
+
+def test_inputs_of_one_name_have_answers_of_their_own(tmp_path, echo):
+    volume(tmp_path / "p.nii.gz")
+    volume(tmp_path / "p_seg.nii.gz", label=mask())
+    for folder in ("s0", "s1", "out"):
+        (tmp_path / folder).mkdir()
+    scans = [volume(tmp_path / s / "ct.nii.gz", (20, 24, n)) for s, n in (("s0", 6), ("s1", 4))]
+    command("any", "--prompt", tmp_path / "p.nii.gz", "--input", *scans, "--output",
+            tmp_path / "out")
+    for s, n in (("s0", 6), ("s1", 4)):
+        assert voxels(tmp_path / "out" / f"{s}_ct_mvg.nii.gz").shape == (20, 24, n)
+
+
+@pytest.mark.parametrize("k", (1, 4))
+def test_a_single_slice_is_shown_the_fullest_slice_of_a_prompt(tmp_path, echo, capsys, k):
+    """The paper's rule would show the first slice, which is empty here."""
+    label = np.zeros((20, 24, 6), np.uint8)
+    label[3:9, 4:12, 1:5] = 1
+    label[12:14, 14:16, k] = 2  # of two classes one slice shows both
+    volume(tmp_path / "p.nii.gz")
+    volume(tmp_path / "p_seg.nii.gz", label=label)
+    volume(tmp_path / "one.nii.gz", (20, 24, 1))
+    answer(tmp_path / "p.nii.gz", tmp_path / "one.nii.gz")
+    assert f"the slice of the prompt that shows the most ({k + 1})" in capsys.readouterr().out
+    assert np.array_equal(voxels(tmp_path / "one_mvg.nii.gz")[:, :, 0], label[:, :, k])
+
+
+def test_every_label_image_is_scaled_by_itself(tmp_path, echo, monkeypatch):
+    """The second scanner counts in units four times as large: the model is shown the same."""
+    asked = watch(monkeypatch, echo)
+    volume(tmp_path / "p.nii.gz")
+    target = np.random.default_rng(3).normal(50, 9, (20, 24, 6)).astype(np.float32)
+    volume(tmp_path / "y.nii.gz", label=target)
+    volume(tmp_path / "z.nii.gz", label=4 * target)
+    command("any", "--prompt", *[tmp_path / "p.nii.gz"] * 2, "--prompt_label",
+            tmp_path / "y.nii.gz", tmp_path / "z.nii.gz", "--input", tmp_path / "p.nii.gz")
+    labels = torch.cat([y[0, :, 0] for _, y in asked])
+    assert len(labels) >= 2 and labels.max() == 1
+    assert torch.allclose(labels[0::2], labels[1::2], atol=1e-5)
+    assert abs(voxels(tmp_path / "p_mvg.nii.gz").mean() - 50) < 1  # in the units of the first
+
+
+def test_masks_in_color(tmp_path, echo, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.png", rng.integers(0, 255, (64, 64), dtype=np.uint8))
+    numbers = np.zeros((64, 64), np.uint8)
+    numbers[8:24, 8:40], numbers[32:48, 8:56] = 2, 1
+    colors = np.array([(0, 0, 0), (0, 130, 0), (255, 0, 0)], np.uint8)
+    picture(tmp_path / "a_label.png", colors[numbers])
+    answer(tmp_path / "a.png", tmp_path / "b.png")
+    assert "1 = #008200, 2 = #ff0000" in capsys.readouterr().out
+    assert np.array_equal(values(tmp_path / "b_mvg.png"), numbers)
+
+
+def test_a_name_that_a_terminal_cannot_print(tmp_path):
+    label = mask()
+    volume(tmp_path / "p.nii.gz")
+    volume(tmp_path / "p_seg.nii.gz", label=label)
+    odd = os.fsencode(tmp_path) + b"/\xff\xe9.nii.gz"
+    os.rename(volume(tmp_path / "b.nii.gz"), odd)
+    argv = [sys.executable, str(ROOT / "infer.py"), "--prompt", str(tmp_path / "p.nii.gz"),
+            "--input", odd, "--looks", "1"]
+    done = subprocess.run(argv, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0, done.stderr
+    assert os.path.exists(odd.replace(b".nii", b"_mvg.nii"))
 
 
 def test_prompts_with_labels_of_several_types(tmp_path, echo):

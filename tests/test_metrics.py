@@ -182,9 +182,9 @@ def test_a_dataset_is_tabulated_by_hand():
     assert result["task"] == "segmentation" and result["mIoU"] == pytest.approx(0.7)
     assert result["copy"]["mIoU"] == pytest.approx(0.3) and "filter" not in result
     assert [case for case, _ in result["ranked"]] == ["2", "3", "1"]
-    assert result["ignored"] == ["empty"]  # only this wrong prompt costs nothing; one was not tried
+    assert result["no_cost"] == ["empty"]  # only this wrong prompt costs nothing; one was not tried
     assert result["per_class"]["liver"]["cases"] == 3
     alone = metrics.tabulate([line("1", "a", prediction=0.8, empty=0.8)], ORGANS)
-    assert alone["ignored"] == ["empty"] and alone["interval"]["mIoU"] is None
+    assert alone["no_cost"] == ["empty"] and alone["interval"]["mIoU"] is None
     failed = metrics.tabulate(lines[3:], ORGANS)
     assert failed["cases"] == 0 and failed["failed"] == 1 and failed["ranked"] == []

@@ -45,7 +45,7 @@ def result(task="segmentation", ranked=(), **scores):
     """Results of a dataset: the prediction's scores, each with an interval, and copied ones."""
     spans = {m: [v - 0.1, v + 0.1] for m, v in scores.items()}
     copied = {m: v / 2 for m, v in scores.items()}
-    about = {"task": task, "cases": 3, "patients": 2, "failed": 0, "ignored": [], "ranked": ranked}
+    about = {"task": task, "cases": 3, "patients": 2, "failed": 0, "no_cost": [], "ranked": ranked}
     return {**about, **scores, "interval": spans,
             "copy": {**copied, "interval": dict.fromkeys(scores)}}
 

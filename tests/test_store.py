@@ -172,7 +172,7 @@ DEFECTS = {
 REMARKS = {
     "promise12": ["5 cases of"], "brats_gli": ["14 cases of"], "brats_local": ["1 cases of"],
     "ldct": ["1 patients have one dose only"],
-    "chest_xray": ["6 cases of", "2 cases of", "a color picture is read as gray (1 of 13"],
+    "chest_xray": ["6 cases of", "2 cases of"],
     "deeplesion": ["3 lesions marked Possibly_noisy"],
     "microsegnet": ["its header's voxels of 1 x 1 x 1 mm are a placeholder (7 of 7"]}
 
@@ -183,6 +183,22 @@ def doctor(*args):
         [sys.executable, str(ROOT / "data.py"), *map(str, args)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     return run.returncode, run.stdout
+
+@pytest.mark.parametrize("offset,said", ((0, False), (1024, True)))
+def test_the_doctor_says_that_a_ct_is_not_in_hu(tmp_path, offset, said):
+    """Of its labels the middle one has no name."""
+    folder = tmp_path / "Dataset900_X"
+    for n, name in enumerate("abc"):
+        write_pair(folder, name, value=n + 1, channel_names={"0": "CT"},
+                   labels={"background": 0, "first": 1, "third": 3})
+        image = nibabel.load(folder / "imagesTr" / f"{name}_0000.nii.gz")
+        array = 300 * (np.asarray(image.dataobj) - np.asarray(image.dataobj).min()) - 1000 + offset
+        nibabel.Nifti1Image(array, image.affine).to_filename(image.get_filename())
+    problems = diagnose(find(tmp_path), workers=1)["Dataset900_X"]["problems"]
+    assert sum("not in HU" in p for p in problems) == 3 * said
+    assert [p for p in problems if "no name" in p] == \
+        ["the label 2 occurs, but dataset.json has no name for it"]
+
 
 
 def test_the_doctor_finds_what_was_planted_and_nothing_else(sixteen, tmp_path):

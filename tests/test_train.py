@@ -507,6 +507,44 @@ def test_resuming_on_other_datasets_is_refused(store, tmp_path):
         train.main(["--resume", str(tmp_path / "r" / "last.pt")])
 
 
+@pytest.mark.parametrize("was,is_now", (("train", "test"), ("test", "train"), ("train", None)))
+def test_resuming_with_another_split_is_refused(store, tmp_path, was, is_now):
+    """A case that was held out is trained on, or is gone: it is named, and nothing is written."""
+    shutil.copytree(store.root, tmp_path / "store")
+    run(Store(tmp_path / "store"), tmp_path / "r", "--steps", "2", "--stop_at", "1")
+    before = (tmp_path / "r" / "config.json").read_bytes()
+    case = Store(tmp_path / "store").split("la", was)[0]
+    index = case.folder / "case.json"
+    if is_now:
+        index.write_text(json.dumps({**json.loads(index.read_text()), "split": is_now}))
+    else:
+        listed = tmp_path / "store" / "la" / "dataset.json"
+        about = json.loads(listed.read_text())
+        listed.write_text(json.dumps({**about, "cases": [c for c in about["cases"]
+                                                         if c != case.folder.name]}))
+    words = f"{case.name} was {was} and is {is_now or 'not there'}"
+    with pytest.raises(DataError, match=words):
+        train.main(["--resume", str(tmp_path / "r" / "last.pt")])
+    assert (tmp_path / "r" / "config.json").read_bytes() == before
+
+
+def test_a_killed_loader_process_is_one_line(store, tmp_path):
+    """As a system kills it when memory runs out."""
+    argv = [sys.executable, str(ROOT / "train.py"), "--store", str(store.root), *SMALL, "--steps",
+            "9000", "--workers", "1", "--out", str(tmp_path / "r")]
+    program = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ONE_THREAD)
+    for line in program.stdout:
+        if line.startswith("step"):
+            break
+    children = subprocess.run(["pgrep", "-P", str(program.pid)], capture_output=True, text=True)
+    for child in children.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    said = program.communicate(timeout=60)[1]
+    assert program.returncode == 2 and "a loader process was killed" in said, said
+    assert "Traceback" not in said and len(said.splitlines()) == 1, said
+
+
 # -------------------------------------------------------------------------------------------------
 # It starts from other weights
 

@@ -1,8 +1,10 @@
 """One file <-> a `Volume`: what is read, how it is cut into slices, what is written back."""
 
+import gzip
 import itertools
 import json
 import os
+import struct
 
 import nibabel
 import numpy as np
@@ -47,46 +49,6 @@ def reoriented(codes):
     array, affine = marker()
     move = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
     return nibabel.Nifti1Image(array, affine).as_reoriented(move)
-
-
-def write_dicom(folder, hu, order=None, slope=1, step=5.0, uid="1", suffix=".dcm"):
-    """(z, y, x) HU -> a file a slice, the lowest at -100 mm.
-
-    order: the number in the name of every slice.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for k, number in enumerate(order or range(len(hu))):
-        image = sitk.GetImageFromArray(hu[k].astype(np.float64 if slope != 1 else np.int16))
-        tags = {
-            "0008|0060": "CT",
-            "0020|000e": f"1.2.3.{uid}",
-            "0008|0018": f"1.2.3.{uid}.{k + 1}",
-            "0020|0032": f"-10\\-20\\{k * step - 100}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0028|0030": "1\\1",
-            "0028|1052": "-1024",
-            "0028|1053": str(slope),
-            "0028|0100": "16",
-            "0028|0101": "16",
-            "0028|0102": "15",
-            "0028|0103": "1",
-        }
-        for key, value in tags.items():
-            image.SetMetaData(key, value)
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetImageIO("GDCMImageIO")
-        file = folder / f"{uid}-{number + 1:03d}.dcm"
-        writer.SetFileName(str(file))
-        writer.Execute(image)
-        files.append(file.rename(file.with_suffix(suffix)))
-    return sorted(files)
-
-
-def hounsfield(slices):
-    """(z, y, x) HU of a scan with another value in every slice, from air to bone."""
-    return np.random.default_rng(0).integers(-1024, 2000, (slices, 6, 7)).astype(np.int16)
 
 
 def plain(array, kind="nifti", **more):
@@ -213,70 +175,171 @@ def test_labels_keep_their_classes_when_they_are_resized():
 
 
 # --------------------------------------------------------------------------------------------------
-# DICOM series
+# Headers and names as other programs write them
 
 
-def test_a_series_is_sorted_by_position(tmp_path):
-    expected = marker()[0].transpose(2, 1, 0) == 700
-    stack = marker()[0].transpose(2, 1, 0)
-    files = write_dicom(tmp_path / "series", stack, order=(3, 0, 4, 1, 2))
-    volume, heights = volumes.read_series(files)
-    assert np.array_equal(slicing(volume).cut(volume.array) == 700, expected)
-    assert heights == [-100, -95, -90, -85, -80]
+@pytest.mark.parametrize("name,zipped", (
+    ("a.nii", False), ("A.NII", False), ("a.nii", True), ("a.nii.gz", False), ("C.Nii.gz", True)))
+@pytest.mark.parametrize("kind", (nibabel.Nifti1Image, nibabel.Nifti2Image))
+def test_the_content_of_a_nifti_decides_not_its_name(tmp_path, kind, name, zipped):
+    array, affine = marker()
+    content = kind(array, affine).to_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if zipped else content)
+    volume = read_volume(tmp_path / name)
+    assert np.array_equal(volume.array, array) and np.array_equal(volume.affine, affine)
 
 
-def test_dicom_with_a_slope(tmp_path):
-    hu = np.arange(24, dtype=float).reshape(1, 4, 6) / 2 - 6
-    volume, _ = volumes.read_series(write_dicom(tmp_path / "s", hu, slope=0.5))
-    assert np.array_equal(volume.array[:, :, 0].T, hu[0])
+@pytest.mark.parametrize("name", ("a.MHA", "a.Nrrd"))
+def test_upper_case_endings(tmp_path, name):
+    sitk.WriteImage(sitk.GetImageFromArray(marker()[0].T), str(tmp_path / name.lower()))
+    (tmp_path / name.lower()).rename(tmp_path / name)
+    assert np.array_equal(read_volume(tmp_path / name).array, marker()[0])
 
 
-@pytest.mark.parametrize("suffix", (".dcm", ".IMA", ""))
-def test_a_folder_of_slices_is_a_volume(tmp_path, suffix):
-    hu = hounsfield(5)
-    write_dicom(tmp_path, hu, order=(3, 0, 4, 1, 2), suffix=suffix)
-    assert volumes.is_dicom(tmp_path)
-    volume = volumes.read_image(tmp_path)
-    assert volume.kind == "nifti" and np.array_equal(volume.array, hu.transpose(2, 1, 0))
-    assert np.allclose(LPS_TO_RAS @ volume.affine, np.array(
-        [[1, 0, 0, -10], [0, 1, 0, -20], [0, 0, 5, -100], [0, 0, 0, 1]]))
+@pytest.mark.parametrize("half", (".hdr", ".img"))
+def test_a_pair_is_refused_by_its_name(tmp_path, half):
+    nibabel.save(nibabel.Nifti1Pair(*marker()), tmp_path / "a.img")
+    with pytest.raises(DataError, match="is a half of a pair .hdr and .img"):
+        read_volume(tmp_path / f"a{half}")
 
 
-def test_one_of_several_series_is_chosen(tmp_path):
-    write_dicom(tmp_path, hounsfield(4))
-    write_dicom(tmp_path, hounsfield(2), uid="2")
-    with pytest.raises(DataError, match=r"has 2 series \(1: 4 files, .*; 2: 2 files, .*--series"):
-        volumes.read_image(tmp_path)
-    with pytest.raises(DataError, match="has no series '3'"):
-        volumes.read_image(tmp_path, "3")
-    assert volumes.read_image(tmp_path, "2").array.shape == (7, 6, 2)
-    uids = ["1.2.3", "4"]
-    for wanted, chosen in (("4", "4"), ("1", "1.2.3"), ("2", "4"), ("1.2.3", "1.2.3")):
-        assert volumes.choose_series(wanted, uids) == chosen
-    for wanted in ("3", "0", "x", "", None):
-        assert volumes.choose_series(wanted, uids) is None
+def with_header(path, sform=2, qform=1, **fields):
+    array, affine = marker()
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_qform(affine, qform)
+    image.set_sform(affine, sform)
+    for name, value in fields.items():
+        image.header[name] = value
+    image.to_filename(path)
+    return path
 
 
-def test_a_series_with_gaps_or_in_color_is_refused(tmp_path):
-    files = write_dicom(tmp_path / "gap", hounsfield(6))
-    files[2].unlink()
-    with pytest.raises(DataError, match="5 slices are 5.00 to 10.00 mm apart: files are missing"):
-        volumes.read_image(tmp_path / "gap")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no DICOM series"):
-        volumes.read_image(tmp_path / "empty")
-    files = write_dicom(tmp_path / "color", hounsfield(3), suffix="")  # as archives name them
-    files[1].write_bytes(files[1].read_bytes().replace(b"MONOCHROME2 ", b"RGB         "))
-    with pytest.raises(DataError, match="1-002 has 3 channels a voxel"):
-        volumes.read_image(tmp_path / "color")
+@pytest.mark.parametrize("value", (0.0, float("nan")))
+def test_a_header_whose_sform_is_useless_is_placed_by_its_qform(tmp_path, value):
+    file = with_header(tmp_path / "a.nii")
+    raw = bytearray(file.read_bytes())
+    struct.pack_into("<12f", raw, 280, *[value] * 12)
+    file.write_bytes(raw)
+    volume = read_volume(file)
+    assert np.allclose(volume.affine, marker()[1]) and "qform is used" in volume.note
+    volumes.write_like(tmp_path / "b.nii", volume.array, volume)
+    assert np.allclose(nibabel.load(tmp_path / "b.nii").affine, marker()[1])
+    struct.pack_into("<h", raw, 252, 0)  # no qform either
+    file.write_bytes(raw)
+    with pytest.raises(DataError, match="affine that cannot be inverted"):
+        read_volume(file)
 
 
-def test_a_folder_of_pictures_is_no_series(tmp_path):
-    write_png(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
-    (tmp_path / ".dcm").touch()
-    assert not volumes.is_dicom(tmp_path)
-    (tmp_path / "b").write_bytes(bytes(128) + b"DICM")
-    assert volumes.is_dicom(tmp_path)
+def test_a_header_without_orientation_is_said(tmp_path):
+    assert "has no orientation" in read_volume(with_header(tmp_path / "a.nii", 0, 0)).note
+    assert read_volume(with_header(tmp_path / "b.nii", 0, 1)).note == ""
+
+
+@pytest.mark.parametrize("unit,factor,said", ((1, 1000, "metres"), (2, 1, ""),
+                                              (3, 0.001, "micrometres"), (0, 1, "")))
+def test_units_of_a_header_become_millimetres(tmp_path, unit, factor, said):
+    volume = read_volume(with_header(tmp_path / "a.nii", xyzt_units=unit))
+    assert np.allclose(volume.affine[:3], factor * marker()[1][:3]) and said in volume.note
+    assert slicing(volume).spacing == pytest.approx((5 * factor, factor, factor))
+    volumes.write_like(tmp_path / "b.nii", volume.array, volume)  # in the units of the file
+    assert np.array_equal(nibabel.load(tmp_path / "b.nii").affine, marker()[1])
+    assert np.array_equal(read_volume(tmp_path / "b.nii").affine, volume.affine)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures as cameras and drawing programs write them
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", (".png", ".jpg", ".tif"))
+def test_a_picture_is_read_as_viewers_show_it(tmp_path, ending, orientation):
+    upright = np.zeros((24, 32), np.uint8)
+    upright[2:12, 4:20], upright[20:, 28:] = 200, 100
+    turned = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.T, 6: np.rot90(upright), 7: np.rot90(upright, 2).T,
+              8: np.rot90(upright, 3)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    how = {"quality": 100} if ending == ".jpg" else {}
+    Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / f"a{ending}", exif=exif, **how)
+    volume = read_volume(tmp_path / f"a{ending}")
+    assert volume.array.shape == (32, 24, 1)
+    assert np.abs(volume.array[:, :, 0].T.astype(int) - upright).max() <= 6
+    assert ("EXIF" in volume.note) == (orientation != 1)
+
+
+@pytest.mark.parametrize("kind", (np.uint8, np.uint16))
+def test_a_tiff_whose_white_is_zero_is_inverted(tmp_path, kind):
+    array = np.arange(12, dtype=kind).reshape(3, 4)
+    top = np.iinfo(kind).max
+    stored = top - array if kind == np.uint16 else array  # Pillow inverts 8 bits when it saves
+    Image.fromarray(stored).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tif") as picture:
+        assert picture.tag_v2[262] == 0
+    volume = read_volume(tmp_path / "a.tif")
+    assert np.array_equal(volume.array[:, :, 0].T, array)
+
+
+def test_transparent_is_black(tmp_path):
+    alpha = np.array([[0, 255], [128, 255]], np.uint8)
+    color = np.full((2, 2, 3), 200, np.uint8)
+    Image.fromarray(np.dstack([color, alpha])).save(tmp_path / "a.png")
+    Image.fromarray(np.dstack([color[..., 0], alpha])).save(tmp_path / "b.png")
+    for name in "ab":
+        volume = read_volume(tmp_path / f"{name}.png")
+        assert volume.array[:, :, 0].T.tolist() == [[0, 200], [100, 200]]
+        assert "alpha" in volume.note
+    Image.fromarray(np.dstack([color, alpha * 0 + 255])).save(tmp_path / "c.png")
+    assert read_volume(tmp_path / "c.png").note == ""
+
+
+def test_colors_of_masks_are_classes(tmp_path):
+    red, green, white = (255, 0, 0), (0, 130, 0), (255, 255, 255)
+    one = np.array([[(0, 0, 0), red], [green, red]], np.uint8)
+    two = np.array([[(0, 0, 0), red], [white, white]], np.uint8)
+    files = [write_png(tmp_path / f"{n}.png", a) for n, a in enumerate((one, two))]
+    labels = [read_volume(file, mask=True) for file in files]
+    said = volumes.number_colors(labels)
+    assert said.startswith("colors become classes: 1 = #008200, 2 = #ff0000, 3 = #ffffff")
+    assert labels[0].array[:, :, 0].T.tolist() == [[0, 2], [1, 2]]
+    assert labels[1].array[:, :, 0].T.tolist() == [[0, 2], [3, 3]]
+    assert labels[0].array.dtype == np.uint8
+    gray = read_volume(write_png(tmp_path / "g.png", one[..., 0]), mask=True)
+    assert volumes.number_colors([gray]) == ""
+    with pytest.raises(DataError, match="holds grays and another label colors"):
+        volumes.number_colors([gray, read_volume(files[0], mask=True)])
+    as_image = read_volume(files[0])
+    assert not as_image.colors and as_image.array.max() < 256 and "gray" in as_image.note
+
+
+# --------------------------------------------------------------------------------------------------
+# Classes or an image, CT or MRI
+
+
+def test_integers_that_make_regions_are_classes():
+    rng = np.random.default_rng(0)
+    many = np.kron(np.arange(1, 118).reshape(9, 13), np.ones((6, 6), int))[:, :, None]
+    assert volumes.holds_classes(many) and volumes.holds_classes(many.astype(float))
+    assert volumes.holds_classes(np.pad(many, ((40, 40), (40, 40), (0, 0))))
+    assert not volumes.holds_classes(many + 0.5)
+    noisy = rng.integers(1, 200, (40, 40, 1))
+    assert not volumes.holds_classes(noisy)
+    assert not volumes.holds_classes(np.pad(noisy, ((90, 90), (90, 90), (0, 0))))  # much air
+    assert volumes.holds_classes(rng.integers(0, 3, (40, 40, 1)))  # few values are classes
+
+
+def test_a_few_voxels_do_not_make_a_ct():
+    rng = np.random.default_rng(0)
+    ct = rng.integers(-1000, 1000, (20, 20, 5))
+    mri = rng.integers(0, 1400, (20, 20, 5))
+    padded, spot = mri.copy(), mri.copy()
+    padded[:6], spot[0, 0, 0] = -1000, -1000
+    assert volumes.guess_modality(plain(ct)) == "ct"
+    for array in (mri, padded, spot, mri - 100):
+        assert volumes.guess_modality(plain(array)) == "mri"
+    assert "taken for MRI" in volumes.odd_values(plain(spot), "mri")
+    assert "not in HU" in volumes.odd_values(plain(ct + 1024), "ct")
+    assert volumes.odd_values(plain(ct), "ct") == volumes.odd_values(plain(mri), "mri") == ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -337,10 +400,23 @@ def test_a_label_has_to_lie_as_its_image_does():
         volumes.check_fit(plain(np.zeros((3, 4, 6))), image)
     turned = plain(np.zeros((3, 4, 5)))
     turned.affine = np.diag([-1.0, 1, 1, 1])
-    with pytest.raises(DataError, match="is stored as LAS but its image as RAS"):
+    with pytest.raises(DataError, match=r"up to 4 mm: LAS from \(.*, the image RAS from \(0, 0"):
         volumes.check_fit(turned, image)
-    turned.affine = np.diag([1.2, 1, 1, 1])
-    volumes.check_fit(turned, image)  # slips of spacing are common
+    image.affine = turned.affine = np.diag([2.0, 3, 4, 1])
+    assert volumes.check_fit(turned, image) == ""
+    for scale, shift in ((1.01, 1), (1.2, 0), (1, 3.9)):  # up to a voxel at the last corner
+        turned.affine = image.affine * scale
+        turned.affine[:3, 3] = shift, 0, 0
+        assert volumes.check_fit(turned, image) == ""
+    for scale, shift in ((1.3, 0), (1, 4.1), (2, 60)):
+        turned.affine = image.affine * scale
+        turned.affine[:3, 3] = shift, 0, 0
+        with pytest.raises(DataError, match="lies elsewhere than its image"):
+            volumes.check_fit(turned, image)
+    for silent in (np.eye(4), LPS_TO_RAS):
+        turned.affine = silent
+        assert "does not say where it lies" in volumes.check_fit(turned, image)
+        assert "does not say where it lies" in volumes.check_fit(image, turned)
 
 
 # --------------------------------------------------------------------------------------------------
