@@ -324,6 +324,8 @@ def test_integers_that_make_regions_are_classes():
     assert not volumes.holds_classes(many + 0.5)
     noisy = rng.integers(1, 200, (40, 40, 1))
     assert not volumes.holds_classes(noisy)
+    smooth = (np.add.outer(np.arange(150), np.arange(150)) // 2)[:, :, None]
+    assert not volumes.holds_classes(smooth)  # half of its neighbours are equal
     assert not volumes.holds_classes(np.pad(noisy, ((90, 90), (90, 90), (0, 0))))  # much air
     assert volumes.holds_classes(rng.integers(0, 3, (40, 40, 1)))  # few values are classes
 
