@@ -135,7 +135,7 @@ class MVG(ViT):
         self.mask_token = nn.Parameter(torch.zeros(c.width))
         first = c.fuse_at if c.layout == "fused" else 0  # the first block that sees whole pairs
         self.taps = [max(first, (k + 1) * c.depth // 4 - 1) for k in range(4)]  # at every quarter
-        self.head = ConvHead(c.width, c.patch, c.head_channels, self.halves + c.gate)
+        self.head = ConvHead(c.width, c.patch, c.head_channels, self.halves, c.gate)
         for parameter in (self.position, self.stream, self.role, self.mask_token):
             nn.init.normal_(parameter, std=0.02)
         self.apply(self._initialise)

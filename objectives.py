@@ -59,11 +59,11 @@ def draw_hidden(rng, tokens, mask_ratio, hide_label=0.0):
 # -------------------------------------------------------------------------------------------------
 # The losses
 
-def pixel_loss(painted, target, recipe):
-    """The regression loss pixel by pixel: smooth_l1 (paper), l1 or l2."""
-    if recipe.loss == "smooth_l1":
-        return F.smooth_l1_loss(painted, target, beta=recipe.beta, reduction="none")
-    if recipe.loss == "l1":
+def pixel_loss(painted, target, loss, beta):
+    """A regression loss pixel by pixel: smooth_l1 (paper), l1 or l2."""
+    if loss == "smooth_l1":
+        return F.smooth_l1_loss(painted, target, beta=beta, reduction="none")
+    if loss == "l1":
         return (painted - target).abs()
     return (painted - target) ** 2
 
@@ -72,22 +72,27 @@ def pixel_weights(batch, labels, recipe):
     """How much every pixel of the images and of the labels counts, 2 x (B, S, 1, H, W).
 
     1, but `background_weight` on the background of colored masks (authors), and 0 where a label
-    has no truth. With `balance` (ours) pixels of an image task where label and image differ by
-    less than 0.1 count as background in both.
+    has no truth.
     """
-    masks = batch.colored.view(-1, 1, 1, 1, 1)
-    background = (labels == 0) & masks
-    of_image, of_label = torch.ones_like(labels), batch.valid.to(labels.dtype)
-    if recipe.balance:
-        alike = ((labels - batch.images).abs() < 0.1) & ~masks
-        of_image = torch.where(alike, recipe.background_weight, of_image)
-        background = background | alike
-    return of_image, torch.where(background, recipe.background_weight * of_label, of_label)
+    background = (labels == 0) & batch.colored.view(-1, 1, 1, 1, 1)
+    of_label = batch.valid.to(labels.dtype)
+    of_label = torch.where(background, recipe.background_weight * of_label, of_label)
+    return torch.ones_like(labels), of_label
 
 
-def mean_error(painted, target, weight, recipe):
-    """The weighted mean loss of every sample: 3 x (B, E, 1, H, W) -> (B,)."""
-    error = pixel_loss(painted.float(), target.float(), recipe) * weight
+def mean_error(painted, target, weight, batch, recipe):
+    """The weighted mean loss of every sample: 3 x (B, E, 1, H, W) -> (B,).
+
+    With `mask_loss` (ours) the loss switches with the task: a squared error lets a mask be gray
+    where it is in doubt, but hardly sees the small errors that make an image blurred.
+    """
+    painted, target = painted.float(), target.float()
+    error = pixel_loss(painted, target, recipe.loss, recipe.beta)
+    if recipe.mask_loss:
+        masks = batch.colored.view(-1, 1, 1, 1, 1)
+        error = torch.where(masks, pixel_loss(painted, target, recipe.mask_loss, recipe.beta),
+                            error)
+    error = error * weight
     return error.sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4)).clamp(min=1e-6)
 
 
@@ -105,7 +110,7 @@ def next_image_loss(model, batch, labels, recipe):
     """"ar", Eq. 2: the loss on every label after the first. labels (B, S, 1, H, W), colored."""
     _, weight = pixel_weights(batch, labels, recipe)
     painted = model(batch.images, labels, drop=batch.drop)  # (B, S - 1, 1, H, W)
-    sample = mean_error(painted, labels[:, 1:], weight[:, 1:], recipe)
+    sample = mean_error(painted, labels[:, 1:], weight[:, 1:], batch, recipe)
     return balanced(sample, batch, labels, recipe)
 
 
@@ -114,7 +119,7 @@ def masked_loss(model, batch, labels, recipe):
     weight = interleave(*pixel_weights(batch, labels, recipe))  # (B, 4, 1, H, W)
     weight = weight * to_pixels(batch.hidden, labels.shape[-2:])
     painted = model(batch.images, labels, hidden=batch.hidden, drop=batch.drop)
-    sample = mean_error(painted, interleave(batch.images, labels), weight, recipe)
+    sample = mean_error(painted, interleave(batch.images, labels), weight, batch, recipe)
     return balanced(sample, batch, labels, recipe)
 
 

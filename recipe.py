@@ -44,9 +44,10 @@ class Recipe:
     num_prompts: str = "1"             # paper: 1; prompt pairs, a number or a range such as 1-4
     coloring: str = "random"           # paper: random; predefined, binary: its Table 4
     loss: str = "smooth_l1"            # paper; also l1, l2
+    mask_loss: str | None = None       # ours: the loss of masks, where images have another one
     beta: float = 0.01                 # authors: where smooth L1 turns from square to straight
     background_weight: float = 0.1     # authors: weight of the background of colored labels
-    balance: bool = False              # ours: small foreground counts more, what stays alike less
+    balance: bool = False              # ours: masks with little foreground count more
     boxes: str = "lines"               # paper: boxes drawn on the image; filled: masks (ours)
     close_up: float = 0.0              # ours: share of masks seen from near (second_look.py)
     augment: float = 0.0               # paper: none; share of samples made into other tasks
@@ -78,7 +79,7 @@ class Recipe:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise DataError(f"--{name} is {getattr(self, name)!r}: "
-                                f"choose one of {', '.join(choices)}")
+                                f"choose one of {', '.join(map(str, choices))}")
         for names, low, high, words in RANGES:
             for name in names.split():
                 value = getattr(self, name)
@@ -105,7 +106,8 @@ class Recipe:
 
 CHOICES = {"model": (*SIZES, "unet"), "layout": tuple(LAYOUTS), "coloring": COLORINGS,
            "positions": ("rope", "learned"), "objective": ("hybrid", "ar", "mim"),
-           "loss": ("smooth_l1", "l1", "l2"), "boxes": ("lines", "filled"),
+           "loss": ("smooth_l1", "l1", "l2"), "mask_loss": (None, "smooth_l1", "l1", "l2"),
+           "boxes": ("lines", "filled"),
            "optimizer": ("adamw", "muon"), "dataset_weights": ("equal", "size")}
 TINY, HUGE = 1e-12, 1e12
 RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment superpixels close_up",
@@ -122,7 +124,7 @@ FLAGS = ("datasets model image_size layout init objective coloring mask_ratio nu
          "lr optimizer seed validate_cases").split()
 # --finetune takes the first from its model, and the second unless something else is asked for.
 OF_THE_MODEL = "model image_size layout positions qk_norm gate drop_path init".split()
-OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss beta "
+OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss mask_loss beta "
                  "background_weight balance boxes close_up augment superpixels "
                  "optimizer average").split()
 

@@ -148,25 +148,30 @@ class Block(nn.Module):
 # The head
 
 class ConvHead(nn.Module):
-    """Four feature maps -> pixels: "two convolution layers ... four feature maps" (section 3.3)."""
+    """Four feature maps -> pixels: "two convolution layers ... four feature maps" (section 3.3).
 
-    def __init__(self, width, patch, channels, outputs):
+    gate: one channel more, which the tokens say directly (ours; what it does is said in mvg.py).
+    """
+
+    def __init__(self, width, patch, channels, outputs, gate=False):
         super().__init__()
-        self.patch, self.channels = patch, channels
+        self.patch, self.channels, self.gate = patch, channels, gate
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
-        self.expand = nn.Linear(4 * width, patch ** 2 * channels)
+        self.expand = nn.Linear(4 * width, patch ** 2 * (channels + gate))
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm = Norm(channels)
         self.out = nn.Linear(channels, outputs)  # a 1x1 convolution, channels last
 
     def forward(self, features, h, w):
-        """4 x (M, N, D) -> (M, outputs, H, W)"""
+        """4 x (M, N, D) -> (M, outputs + gate, H, W)"""
         P, C = self.patch, self.channels
         x = torch.cat([norm(f) for norm, f in zip(self.norms, features)], -1)  # (M, N, 4 D)
-        x = self.expand(x).view(-1, h, w, P, P, C)
-        x = x.permute(0, 1, 3, 2, 4, 5).reshape(-1, h * P, w * P, C)  # (M, H, W, C)
+        x = self.expand(x).view(-1, h, w, P, P, C + self.gate)
+        x = x.permute(0, 1, 3, 2, 4, 5).reshape(-1, h * P, w * P, C + self.gate)  # (M, H, W, C)
+        x, gate = x.split([C, self.gate], -1)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last throughout
-        return again(self.finish, self.norm(x)).permute(0, 3, 1, 2)  # (M, outputs, H, W)
+        x = torch.cat([again(self.finish, self.norm(x)), gate], -1)
+        return x.permute(0, 3, 1, 2)  # (M, outputs + gate, H, W)
 
     def finish(self, x):
         return self.out(F.gelu(x))

@@ -266,7 +266,7 @@ def batch_loss(model, batch, objective):
     recipe = Recipe()
     if isinstance(model, Reference):
         painted = model(batch.images, batch.labels)
-        return pixel_loss(painted.float(), batch.labels, recipe).mean()
+        return pixel_loss(painted.float(), batch.labels, recipe.loss, recipe.beta).mean()
     return LOSSES[objective](model, batch, batch.labels, recipe).mean()
 
 

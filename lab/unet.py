@@ -100,7 +100,7 @@ def loss(model, batch, labels, recipe):
     painted = model(batch.images[:, -1]).float()          # (B, C or 1, H, W)
     if getattr(model, "module", model).config.classes:    # .module: of DistributedDataParallel
         return class_loss(painted, target.long(), weight)
-    return mean_error(pixel_loss(painted[:, 0], target, recipe), weight)
+    return mean_error(pixel_loss(painted[:, 0], target, recipe.loss, recipe.beta), weight)
 
 
 def mean_error(error, weight):

@@ -232,17 +232,22 @@ def test_every_parameter_has_a_gradient(layout, objective):
 def force_gate(model, logit):
     """Let the gate of every pixel have this logit."""
     with torch.no_grad():
-        model.head.out.weight[-1] = 0
-        model.head.out.bias[-1] = logit
+        gate_rows(model, "weight")[:, -1] = 0
+        gate_rows(model, "bias")[:, -1] = logit
     return model
+
+
+def gate_rows(model, name):
+    """The head's first weights by pixel of a patch: (P * P, C + 1, ...), the last is the gate's."""
+    return getattr(model.head.expand, name).unflatten(0, (model.head.patch ** 2, -1))
 
 
 def without_gate(model):
     """A model of the same weights whose head has no gate."""
     plain = mvg.build("demo", 32, width=48, depth=6, heads=4, head_channels=4).eval()
     state = model.state_dict()
-    for name in ("head.out.weight", "head.out.bias"):
-        state[name] = state[name][:2]
+    for name in ("weight", "bias"):
+        state[f"head.expand.{name}"] = gate_rows(model, name)[:, :-1].flatten(0, 1)
     plain.load_state_dict(state)
     return plain
 

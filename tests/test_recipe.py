@@ -34,7 +34,8 @@ def test_the_papers_defaults():
     ("image_size=64", "image_size", 64), ("image_size=none", "image_size", None),
     ("cases=3", "cases", 3), ("layer_decay=None", "layer_decay", None),
     ("layer_decay=0.75", "layer_decay", 0.75), ("beta=1e-3", "beta", 1e-3),
-    ("loss=l2", "loss", "l2"), ("num_prompts=1-4", "num_prompts", "1-4"),
+    ("loss=l2", "loss", "l2"), ("mask_loss=l2", "mask_loss", "l2"),
+    ("mask_loss=none", "mask_loss", None), ("num_prompts=1-4", "num_prompts", "1-4"),
     ("init=none", "init", None), ("init=a=b.pth", "init", "a=b.pth"),
     ("datasets=acdc,la", "datasets", ("acdc", "la")),
     ("brats_pairs=t1c:t2w,t2w:t1c", "brats_pairs", ("t1c:t2w", "t2w:t1c"))))
@@ -120,7 +121,8 @@ OTHER = {"model": "tiny", "image_size": "64", "layout": "sequence", "positions":
          "qk_norm": "false", "gate": "true", "drop_path": "0.2", "init": "mae.pth",
          "objective": "ar", "seg_share": "0.4", "mim_share": "0.8", "mask_ratio": "0.5",
          "hide_label": "0.2", "num_prompts": "1-2", "coloring": "binary", "loss": "l1",
-         "beta": "0.02", "background_weight": "1", "balance": "true", "boxes": "filled",
+         "mask_loss": "l2", "beta": "0.02", "background_weight": "1", "balance": "true",
+         "boxes": "filled",
          "close_up": "0.5", "augment": "0.5", "superpixels": "0.5", "datasets": "acdc",
          "brats_pairs": "t1c:t2w",
          "data_fraction": "0.5", "cases": "5", "validate_cases": "1", "dataset_weights": "size",
@@ -318,4 +320,4 @@ def test_gated_and_plain_models_are_told_apart_by_their_checkpoint(tmp_path):
     for gate in (False, True):
         mvg.save(tmp_path / "m.pt", mvg.build("demo", 32, gate=gate))
         model = mvg.load(tmp_path / "m.pt")
-        assert model.config.gate is gate and model.head.out.weight.shape == (2 + gate, 16)
+        assert model.config.gate is gate and model.head.expand.out_features == 64 * (16 + gate)
