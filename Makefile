@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo lint test test-slow clean
+.PHONY: app demo lint test test-slow clean
 
 .venv/done: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,10 @@ demo: .venv/done
 	$(BIN)/python -m lab.demo --store demo/store --before checkpoints/demo.pt \
 	    --after runs/demo/last.pt --out runs/demo/demo.png
 	@echo "look at runs/demo/demo.png; the answer to the prompt is demo/answer.nii.gz"
+
+# The page: http://127.0.0.1:8000
+app: .venv/done
+	$(BIN)/python app.py
 
 clean:
 	rm -rf .venv demo runs/demo .pytest_cache

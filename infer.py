@@ -64,13 +64,12 @@ class Prompts:
 
 
 class Case:
-    """One input file and all that it takes to answer it."""
+    """One input and all that it takes to answer it. source: its `Volume`; output: a path."""
 
-    def __init__(self, path, output, prompts, model, args):
-        self.path, self.output, self.prompts = Path(path), output, prompts
+    def __init__(self, source, output, prompts, model, args):
+        self.source, self.output, self.prompts = source, output, prompts
         self.model, self.args = model, args
         self.segmentation, self.notes, self.begun = prompts.segmentation, [], time.time()
-        self.source = read_volume(path, series=args.series)
         labels = [e.label for e in prompts.examples]
         if self.segmentation:  # the type holds the classes of every prompt
             labels.sort(key=lambda label: int(label.array.max()), reverse=True)
@@ -156,19 +155,27 @@ class Case:
             self.say("warning: the model was trained on predefined colors of its own datasets: "
                      "here all classes are asked for in colors far apart")
 
-    def answer(self):
-        """(answer in the output's numbers, confidence or None), (K, H, W) each."""
+    def parts(self):
+        """The answer as it comes: (slice numbers, answer (B, H, W), confidence (B, H, W)).
+
+        Answers have the output's numbers and units.
+        """
         if self.prompts.masks:
             parts = predict_boxes(self.model, self.prompts.masks, self.stack, self.options,
                                   self.slices)
         else:
             parts = predict_stack(self.model, self.prompts.pairs, self.stack, self.segmentation,
                                   self.options, self.slices)
+        for part, answers, sure in parts:
+            yield part, self.in_units(answers).astype(self.kind), sure
+
+    def answer(self):
+        """All of it, with a progress bar: (answer, confidence or None), (K, H, W) each."""
         answer = np.zeros(self.stack.shape, self.kind)
         confidence = np.zeros(self.stack.shape, np.float32) if self.args.confidence else None
         with tqdm(total=len(self.stack), unit="slice", disable=None) as bar:
-            for part, answers, sure in parts:
-                answer[part] = self.in_units(answers)
+            for part, answers, sure in self.parts():
+                answer[part] = answers
                 if confidence is not None:
                     confidence[part] = sure
                 bar.update(len(part))
@@ -247,7 +254,8 @@ def main(argv=None):
     if len(labels) != len(args.prompt):
         raise DataError(f"{len(args.prompt)} prompts and {len(labels)} labels: "
                         "pass one --prompt_label for each --prompt, in the same order")
-    examples = [Example(image, label, args) for image, label in zip(args.prompt, labels)]
+    examples = [Example(read_volume(image, series=args.series), label, args)
+                for image, label in zip(args.prompt, labels)]
     if args.confidence and not examples[0].segmentation:
         raise DataError("--confidence is of segmentations, these prompts are images: leave it out")
     inputs = find_inputs(args.input)
@@ -263,7 +271,7 @@ def main(argv=None):
     prompts, failed = Prompts(examples, model, args), []
     for path, output in zip(inputs, outputs):
         try:
-            case = Case(path, output, prompts, model, args)
+            case = Case(read_volume(path, series=args.series), output, prompts, model, args)
             case.write(*case.answer())
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if len(inputs) == 1:

@@ -22,7 +22,6 @@ from scans.volumes import resize_images, resize_labels, shape_text
 from second_look import look_again
 from windows import answer_in_windows
 
-BATCH = 16             # slices painted at once
 MAX_SCORES = 2 ** 26   # values of per-class scores held at once, 256 MiB
 CANDIDATES = 3         # parts of a mask of boxes that are looked at again one by one
 
@@ -38,6 +37,7 @@ class Options:
     dataset: str | None = None  # whose colors, for a model trained on predefined ones
     classes: tuple | None = None   # those asked for; None: what the prompt slices show
     candidates: int | None = None  # parts of a class that are looked at again one by one
+    batch: int = 16                # slices painted at once
 
     def settled(self, model, segmentation):
         """The same with nothing left open. Raises ValueError for what cannot be."""
@@ -193,7 +193,7 @@ def predict_stack(model, prompts, stack, segmentation, options=Options(), slices
         classes = shown_classes(pairs) if segmentation else []
         if options.classes is not None:
             classes = list(options.classes)
-        batch = max(1, min(BATCH, MAX_SCORES // (H * W * (len(classes) + 1))))
+        batch = max(1, min(options.batch, MAX_SCORES // (H * W * (len(classes) + 1))))
         for part in (members[i:i + batch] for i in range(0, len(members), batch)):
             images = np.stack([stack[k] for k in part])
             confidence = np.ones(images.shape, np.float32)
@@ -268,7 +268,7 @@ def predict(model_or_path, prompts, image, device=None, confidence=None, **optio
     image           (H, W) or (K, H, W) in [0, 1]
     device          for a path, see `running.checkpoints.pick_device`
     confidence      an array of the image's shape, filled with the winning class's score (masks)
-    options         fields of `Options`: mode, votes, each, looks, seed, dataset, classes
+    options         fields of `Options`: mode, votes, each, looks, seed, dataset, classes, batch
     Returns an array of the image's shape: the labels' integer type, or float32 in [0, 1].
     Raises ValueError for arrays of another form.
     """

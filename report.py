@@ -231,7 +231,7 @@ def describe_answer(case, answer):
                 classes[str(int(value))]["ml"] = round(int(voxels) * ml, 4)
     files = ("prompt", "prompt_label", "input", "output")
     return {
-        "input": str(case.path), "output": str(case.output),
+        "input": str(case.source.path), "output": str(case.output),
         "prompts": [{"image": str(e.image.path), "label": str(e.label.path)}
                     for e in case.prompts.examples],
         "task": "segmentation" if case.segmentation else "image",

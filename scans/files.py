@@ -11,7 +11,8 @@ import numpy as np
 from scans.dicom import is_dicom
 from scans.volumes import (EXTENSIONS, ITK, NIFTI, PICTURE, DataError, Scaled, Volume, check_fit,
                            extension, guess_modality, holds_classes, integer_labels,
-                           intensity_range, natural, odd_values, read_volume, slicing, stem)
+                           intensity_range, natural, odd_values, read_volume, slicing,
+                           some_slices, stem, write_like)
 
 LABEL_WORDS = ("label", "labels", "seg", "segmentation", "gt", "mask", "target")
 LABEL_NAMES = tuple(sign + word for word in LABEL_WORDS for sign in "_-.")  # 3D Slicer: x.seg
@@ -168,18 +169,38 @@ def answer_type(label: Volume, largest, segmentation, output) -> np.dtype:
     return np.dtype(np.float32)
 
 
+def write_example(folder, image, cut, slices):
+    """Write painted slices and the image under them as two files that infer.py takes: their paths.
+
+    slices: {number, as `cut` counts: classes (H, W)}, at least one. Slices that are not in it are
+    left out of both files. A picture becomes a PNG or TIFF, part of a volume a NIfTI file.
+    """
+    numbers = sorted(slices)
+    name = stem(image.path.absolute())
+    if len(numbers) < len(cut.cut(image.array)):
+        image = some_slices(image, cut, numbers)
+    kind = {"picture": ".tif" if image.array.dtype.kind == "f" else ".png",
+            "nifti": ".nii.gz"}.get(image.kind, own_kind(image.path))
+    stack = np.stack([slices[k] for k in numbers])  # (K, H, W)
+    label = cut.restore(stack.astype(np.uint8 if stack.max() < 256 else np.int32))
+    paths = Path(folder) / (name + kind), Path(folder) / (name + "_label" + kind)
+    write_like(paths[0], image.array, image)
+    write_like(paths[1], np.ascontiguousarray(label), image)
+    return paths
+
+
 # ------------------------------------------------------------------------------------------------
 # A prompt: an image and its label
 
 class Example:
     """An image with its answer: read, checked against each other, cut into slices.
 
-    args: series, task, modality and axis, as infer.py has them. Raises DataError for files that do
-    not fit.
+    image: a `Volume`; label: a path, or None to look for it beside the image; args: task, modality
+    and axis, as infer.py has them. Raises DataError for files that do not fit.
     """
 
     def __init__(self, image, label, args):
-        self.image = read_volume(image, series=args.series)
+        self.image = image
         self.label = read_volume(label or find_label(self.image.path), mask=args.task != "image")
         path = self.label.path
         self.assumed = check_fit(self.label, self.image)

@@ -260,7 +260,7 @@ def _open_nifti(path):
         return nibabel.load(path)
     content = path.read_bytes()
     if zipped:
-        content = gzip.decompress(content)
+        content = gzip.open(path).read(8 * MAX_VOXELS)  # no more: it may be made to fill memory
     second = 540 in (int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big"))
     return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
 
@@ -567,6 +567,24 @@ def _coarsest(mm, volume):
     if volume.kind != "picture" and mm[order[2]] >= 2 * mm[order[1]]:
         return int(order[2])
     return 2
+
+
+def some_slices(volume: Volume, cut: Slicing, numbers: list) -> Volume:
+    """Some slices of a volume as a smaller NIfTI volume, placed where they lie.
+
+    numbers: of slices as `cut` counts them, at least one. What lies between them is left out, and
+    their mean distance is that of the new volume.
+    """
+    import nibabel
+
+    axis = int(np.flatnonzero(cut.to_lps[:, 0] == cut.axis)[0])  # as stored
+    kept = np.arange(volume.array.shape[axis])[::int(cut.to_lps[axis, 1])][sorted(numbers)]
+    kept = np.sort(kept)
+    step = np.eye(4)
+    step[axis, axis] = np.diff(kept).mean() if len(kept) > 1 else 1
+    step[axis, 3] = kept[0]
+    image = nibabel.Nifti1Image(np.take(volume.array, kept, axis), volume.affine @ step)
+    return Volume(np.asanyarray(image.dataobj), image.affine, volume.path, "nifti", image.header)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -233,14 +233,14 @@ def test_a_batch_answers_as_one_by_one(segmentation):
         assert np.abs(whole - one_by_one).max() < 1e-5
 
 
-def test_twice_the_same_and_a_batch_as_one_by_one(checkpoint, monkeypatch):
+def test_twice_the_same_and_a_batch_as_one_by_one(checkpoint):
     model = mvg.load(checkpoint)
     stack, label = rand(20, 32, 32), two_classes()[None]
     sure = [np.zeros(stack.shape, np.float32) for _ in range(3)]
     answers = []
     for batch, fit in zip((16, 16, 1), sure):
-        monkeypatch.setattr(prediction, "BATCH", batch)
-        answers.append(predict(model, [(stack[:1], label)], stack, votes=2, confidence=fit))
+        answers.append(predict(model, [(stack[:1], label)], stack, votes=2, batch=batch,
+                               confidence=fit))
     assert np.array_equal(answers[0], answers[1]) and np.array_equal(sure[0], sure[1])
     assert np.abs(sure[0] - sure[2]).max() < 1e-4
     assert (answers[0] == answers[2])[sure[0] > 0.51].all()
