@@ -64,6 +64,27 @@ def real():
 
 
 @pytest.fixture(scope="session")
+def hearts(tmp_path_factory):
+    """[(image, mask)] of three invented hearts, NIfTI."""
+    root = tmp_path_factory.mktemp("hearts")
+    phantom.write(root, 3, ["acdc"])
+    masks = sorted(root.rglob("patient*_frame*_gt.nii.gz"))
+    patients = {mask.parent: mask for mask in masks}
+    return [(mask.with_name(mask.name.replace("_gt", "")), mask)
+            for mask in list(patients.values())[:3]]
+
+
+@pytest.fixture(scope="session")
+def nerves(tmp_path_factory):
+    """[(image, mask)] of two invented ultrasound pictures, PNG."""
+    root = tmp_path_factory.mktemp("nerves")
+    phantom.write(root, 3, ["Dataset801_NerveUltrasound"])
+    images = sorted(root.rglob("imagesTr/*.png"))
+    masks = sorted(root.rglob("labelsTr/*.png"))
+    return list(zip(images, masks))[:2]
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A checkpoint of a small model with fresh weights."""
     torch.manual_seed(0)

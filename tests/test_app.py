@@ -15,7 +15,6 @@ from test_dicom import hounsfield, write_dicom
 
 import app
 import infer
-from lab import phantom
 from running.local_server import LocalServer
 from scans import uploads
 from scans.volumes import read_volume
@@ -70,27 +69,6 @@ def page():
     page = Page()
     yield page
     page.close()
-
-
-@pytest.fixture(scope="module")
-def hearts(tmp_path_factory):
-    """[(image, mask)] of three invented hearts, NIfTI."""
-    root = tmp_path_factory.mktemp("hearts")
-    phantom.write(root, 3, ["acdc"])
-    masks = sorted(root.rglob("patient*_frame*_gt.nii.gz"))
-    patients = {mask.parent: mask for mask in masks}
-    return [(mask.with_name(mask.name.replace("_gt", "")), mask)
-            for mask in list(patients.values())[:3]]
-
-
-@pytest.fixture(scope="module")
-def nerves(tmp_path_factory):
-    """[(image, mask)] of two invented ultrasound pictures, PNG."""
-    root = tmp_path_factory.mktemp("nerves")
-    phantom.write(root, 3, ["Dataset801_NerveUltrasound"])
-    images = sorted(root.rglob("imagesTr/*.png"))
-    masks = sorted(root.rglob("labelsTr/*.png"))
-    return list(zip(images, masks))[:2]
 
 
 def saved(page, number, folder):

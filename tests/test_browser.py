@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from test_app import Page, by_infer, hearts, nerves  # noqa: F401, the last two are fixtures
+from test_app import Page, by_infer
 
 from scans.volumes import read_volume
 
@@ -130,7 +130,7 @@ def person(driver, tmp_path):
     assert errors == []
 
 
-def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, hearts, tmp_path):  # noqa: F811
+def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, hearts, tmp_path):
     person.wait("Drop an example scan")
     person.drop("example", "scan", hearts[0][0])
     person.wait("paint a mask")
@@ -180,7 +180,7 @@ def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, heart
     assert notes.count("task segmentation") == 2
 
 
-def test_a_picture_with_its_mask(person, nerves, tmp_path):  # noqa: F811
+def test_a_picture_with_its_mask(person, nerves, tmp_path):
     person.drop("example", "scan", nerves[0][0])
     person.wait("answer")
     person.drop("example", "label", nerves[0][1])
@@ -195,7 +195,7 @@ def test_a_picture_with_its_mask(person, nerves, tmp_path):  # noqa: F811
     np.testing.assert_array_equal(ours.array, theirs.array)
 
 
-def test_two_scans_are_answered_one_after_the_other(person, hearts):  # noqa: F811
+def test_two_scans_are_answered_one_after_the_other(person, hearts):
     person.drop("example", "scan", hearts[0][0])
     person.wait("answer")
     person.drop("example", "label", hearts[0][1])
@@ -212,7 +212,7 @@ def test_two_scans_are_answered_one_after_the_other(person, hearts):  # noqa: F8
     np.testing.assert_array_equal(cut.cut(first.array), answers[0])
 
 
-def test_stop_ends_an_answer_and_keeps_what_is_there(person, hearts, tmp_path):  # noqa: F811
+def test_stop_ends_an_answer_and_keeps_what_is_there(person, hearts, tmp_path):
     import nibabel
 
     scan = nibabel.load(hearts[1][0])
@@ -235,7 +235,7 @@ def test_stop_ends_an_answer_and_keeps_what_is_there(person, hearts, tmp_path): 
     assert person.save("#save-answer").stat().st_size > 0
 
 
-def test_a_broken_file_is_said_in_place_and_the_page_goes_on(person, hearts, tmp_path):  # noqa: F811
+def test_a_broken_file_is_said_in_place_and_the_page_goes_on(person, hearts, tmp_path):
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(hearts[0][0].read_bytes()[:5000])
     person.drop("example", "scan", broken)
@@ -250,7 +250,7 @@ def test_a_broken_file_is_said_in_place_and_the_page_goes_on(person, hearts, tmp
     person.wait("Drop one or several new scans")
 
 
-def test_a_keyboard_alone_is_enough(person, hearts):  # noqa: F811
+def test_a_keyboard_alone_is_enough(person, hearts):
     body = person.find("body")
     person.find("#try").send_keys(Keys.ENTER)
     person.wait("Press Answer")
@@ -280,7 +280,7 @@ def test_a_keyboard_alone_is_enough(person, hearts):  # noqa: F811
     assert person.save("#save-answer").name == "new_heart_mvg.nii.gz"
 
 
-def test_it_fits_a_phone(person, hearts):  # noqa: F811
+def test_it_fits_a_phone(person, hearts):
     person.driver.set_window_size(500, 900)
     person.click("#try")
     person.wait("Press Answer")
