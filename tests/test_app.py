@@ -104,7 +104,8 @@ def whole_way(page, numbers, example, new, folder):
     return saved(page, second, folder), by_infer(*example, new, folder / "infer"), parts
 
 
-@pytest.mark.parametrize("kind", [".nii.gz", ".mha", ".nrrd", ".png"])
+@pytest.mark.parametrize("kind", [
+    ".nii.gz", ".png", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (".mha", ".nrrd"))])
 def test_a_saved_answer_equals_that_of_infer_in_every_voxel(page, kind, hearts, nerves, tmp_path):
     import SimpleITK as sitk
 

@@ -130,6 +130,7 @@ def person(driver, tmp_path):
     assert errors == []
 
 
+@pytest.mark.slow
 def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, hearts, tmp_path):
     person.wait("Drop an example scan")
     person.drop("example", "scan", hearts[0][0])
@@ -195,6 +196,7 @@ def test_a_picture_with_its_mask(person, nerves, tmp_path):
     np.testing.assert_array_equal(ours.array, theirs.array)
 
 
+@pytest.mark.slow
 def test_two_scans_are_answered_one_after_the_other(person, hearts):
     person.drop("example", "scan", hearts[0][0])
     person.wait("answer")
@@ -212,6 +214,7 @@ def test_two_scans_are_answered_one_after_the_other(person, hearts):
     np.testing.assert_array_equal(cut.cut(first.array), answers[0])
 
 
+@pytest.mark.slow
 def test_stop_ends_an_answer_and_keeps_what_is_there(person, hearts, tmp_path):
     import nibabel
 
@@ -235,6 +238,7 @@ def test_stop_ends_an_answer_and_keeps_what_is_there(person, hearts, tmp_path):
     assert person.save("#save-answer").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_said_in_place_and_the_page_goes_on(person, hearts, tmp_path):
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(hearts[0][0].read_bytes()[:5000])
@@ -250,6 +254,7 @@ def test_a_broken_file_is_said_in_place_and_the_page_goes_on(person, hearts, tmp
     person.wait("Drop one or several new scans")
 
 
+@pytest.mark.slow
 def test_a_keyboard_alone_is_enough(person, hearts):
     body = person.find("body")
     person.find("#try").send_keys(Keys.ENTER)
@@ -280,6 +285,7 @@ def test_a_keyboard_alone_is_enough(person, hearts):
     assert person.save("#save-answer").name == "new_heart_mvg.nii.gz"
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone(person, hearts):
     person.driver.set_window_size(500, 900)
     person.click("#try")

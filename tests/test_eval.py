@@ -269,7 +269,8 @@ def test_options_of_inference_are_passed_on(store, checkpoint, tmp_path, monkeyp
     assert asked[0] == Options("canvas", 3, True, 2, 5, "la")
 
 
-@pytest.mark.parametrize("name,steps", (("la", 60), ("Dataset802_MsT1ToFlair", 60)))
+@pytest.mark.parametrize("name,steps", [
+    ("la", 60), pytest.param("Dataset802_MsT1ToFlair", 60, marks=pytest.mark.slow)])
 def test_the_u_net_learns_and_is_scored_by_the_same_programs(store, tmp_path, name, steps):
     """Segmentation and regression, stopped and resumed half-way."""
     small = ["--image_size", "32", "--log_every", "2", "--model", "unet", "--batch_size", "8"]
