@@ -25,10 +25,12 @@ from tqdm import tqdm
 
 import report
 from baselines import copied, filtered, wrong_prompts
-from data import evaluation_prompt, matching_slice, prompt_cases
+from data import matching_slice, prompt_cases
 from lab import unet
-from metrics import KINDS, WRONG, box_scores, image_scores, known_mean, overlap, tabulate
+from metrics import (KINDS, WRONG, box_scores, false_alarms, image_scores, known_mean, overlap,
+                     tabulate)
 from predict import Options, answer_stack
+from prompts import choose_prompts, score_draws
 from running.checkpoints import find_checkpoint, load_checkpoint, pick_device
 from scans import boxes
 from scans.store import Store, default_store, open_store
@@ -60,18 +62,6 @@ def read_pair(case, dataset, slices):
     return np.stack(images), labels, None if valid[0] is None else np.stack(valid)
 
 
-def choose_prompts(training, case, rng, slices, count):
-    """Training cases that prompt a case, each of another patient, at most `count`."""
-    shown = [evaluation_prompt(training, case, rng, slices)]
-    while len(shown) < count:
-        patients = {case.patient, *(s.patient for s in shown)}
-        left = [c for c in training if c.kind == case.kind and c.patient not in patients]
-        if not left:
-            break
-        shown.append(evaluation_prompt(left, case, rng, slices))
-    return shown
-
-
 def answer_case(model, case, training, dataset, settings, others=()):
     """The `Answer` of a model to a case of a dataset.
 
@@ -80,7 +70,7 @@ def answer_case(model, case, training, dataset, settings, others=()):
     """
     key = zlib.crc32(f"{dataset.name}/{case.name}".encode())
     rng = np.random.default_rng([settings.seed, key])
-    shown = choose_prompts(training, case, rng, settings.slices, settings.prompts)
+    shown = choose_prompts(training, case, rng, settings)
     images, truth, valid = read_pair(case, dataset, settings.slices)
     prompts = [read_pair(c, dataset, settings.slices)[:2] for c in shown]
     first_images, first_labels = prompts[0]
@@ -102,6 +92,9 @@ def answer_case(model, case, training, dataset, settings, others=()):
         for name, (pair, classes) in wrong.items():
             asked = replace(options, classes=classes)
             result.answers[name] = answer_stack(model, [pair], images, dataset.colored, asked)[0]
+    if dataset.colored and settings.slices == "all":
+        shows = truth.any((1, 2))[:, None, None]
+        result.answers["with it"] = result.answers["prediction"] * shows
     result.answers["copy"] = copied(result, dataset)
     if not dataset.colored:
         result.answers["filter"] = filtered(result)
@@ -139,6 +132,7 @@ class Settings:
     slices: str = "foreground"
     seed: int = 0
     prompts: int = 1
+    alike: bool = False
     wrong_prompt: bool = False
     mode: str = "auto"
     votes: int = 1
@@ -152,6 +146,7 @@ class Settings:
 def make_parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.set_defaults(alike=False)  # prompts.py asks for it
     add = p.add_argument
     add("--data_root", help="folder that holds the datasets as they were downloaded")
     add("--store", help="prepared store (default: store/<name of data_root>-<hash>)")
@@ -164,8 +159,8 @@ def make_parser():
         help="foreground: slices whose truth has some (paper silent)")
     add("--max_cases", type=int, help="at most so many cases a dataset")
     add("--prompts", type=int, default=1, help="training cases shown (paper: 1)")
-    add("--looks", type=int, choices=(1, 2),
-        help="2: look again from near (default: where training did)")
+    add("--prompt_draws", type=int, help="score under so many random prompts, and the most alike")
+    add("--looks", type=int, choices=(1, 2), help="2: again from near (default: as trained)")
     add("--each", action=argparse.BooleanOptionalAction,
         help="ask for one class at a time (default: where training knew binary colors)")
     add("--votes", type=int, default=1, help="answers averaged, under other colors (paper: 1)")
@@ -184,10 +179,13 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.compare:
         return report.compare(args.compare, args.out)
-    for name, least in (("votes", 1), ("max_cases", 1), ("prompts", 1), ("seed", 0)):
+    for name, least in (("votes", 1), ("max_cases", 1), ("prompts", 1), ("seed", 0),
+                        ("prompt_draws", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise DataError(f"--{name} is {value}: it must be at least {least}")
+    if args.prompt_draws:
+        return score_draws(args, Evaluation)
     evaluation = Evaluation(args)
     evaluation.score_cases()
     return evaluation.write_results() if evaluation.rank == 0 else None
@@ -295,6 +293,9 @@ class Evaluation:
             line |= {"patient": self.todo[name, case_name].patient, "prompt": answer.prompt,
                      "scores": {k: score(k, answer, dataset) for k in KINDS
                                 if k in answer.answers}}
+            if dataset.colored:
+                line["false_alarms"] = false_alarms(answer.answers["prediction"], answer.truth,
+                                                    dataset.labels)
         except (ValueError, OSError, RuntimeError) as error:
             line["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             print(f"{name} {case_name} could not be scored: {line['error']}", flush=True)

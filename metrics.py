@@ -18,7 +18,8 @@ MAX_PSNR = 100.0  # dB, stands for infinity where two slices are equal, so that 
 METRICS = {"segmentation": ("mIoU", "Dice"), "detection": ("box_IoU", "hit_rate", "false_boxes"),
            "image": ("MAE", "PSNR", "SSIM")}
 WRONG = {"other_class": "other class", "other_dataset": "other dataset", "empty": "empty"}
-KINDS = ("prediction", "copy", "filter", *WRONG)  # the answers of a case that are scored
+# The answers of a case that are scored. "with it": the prediction, on slices that show something.
+KINDS = ("prediction", "with it", "copy", "filter", *WRONG)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -33,6 +34,19 @@ def overlap(prediction, truth, classes):
         if p + t:
             scores[c] = both / (p + t - both), 2 * both / (p + t)
     return scores
+
+
+def false_alarms(prediction, truth, labels):
+    """{class name: the share of pixels painted with it on slices without it}, stacks (K, H, W).
+
+    Classes that every slice shows are left out. labels: names of the classes 1, 2 ...
+    """
+    shares = {}
+    for c, label in enumerate(labels, 1):
+        without = ~(truth == c).any((1, 2))
+        if without.any():
+            shares[label] = float((prediction[without] == c).mean())
+    return shares
 
 
 def ssim(prediction, truth, valid=None):
@@ -155,9 +169,10 @@ def interval(values, patients, draws=2000):
 
 
 def tabulate(lines, dataset):
-    """What the ledger's lines of a dataset come to: `summary` of the prediction, of each other
-    answer under its name, and "no_cost", the wrong prompts that do not cost anything: 95% of the
-    differences, over patients, reach down to 0."""
+    """What the ledger's lines of a dataset come to: `summary` of the prediction and of each other
+    answer under its name; "false_alarm", the mean over classes, then cases; and "no_cost", the
+    wrong prompts that do not cost anything: 95% of the differences, over patients, reach down to 0.
+    """
     scored = [l for l in lines if "scores" in l]
     patients = [l["patient"] for l in scored]
     result = {"task": dataset.task, "cases": len(scored), "patients": len(set(patients)),
@@ -173,6 +188,9 @@ def tabulate(lines, dataset):
 
     ranked = [(l["case"], value(l, "prediction")) for l in scored]
     result["ranked"] = sorted((r for r in ranked if not np.isnan(r[1])), key=lambda r: r[1])
+    shares = [list(l["false_alarms"].values()) for l in scored if l.get("false_alarms")]
+    if shares:
+        result["false_alarm"] = known_mean([np.mean(case) for case in shares])
     for kind in WRONG:
         lost = [value(l, "prediction") - value(l, kind) for l in scored]
         span = interval(lost, patients)

@@ -78,8 +78,9 @@ def markdown(head, rows):
 
 def score_table(results):
     """The scores of every dataset, with intervals, beside what needs no model and wrong prompts."""
-    titles = {"filter": "linear filter", **WRONG}
+    titles = {"with it": "on slices with it", "filter": "linear filter", **WRONG}
     others = [k for k in titles if any(k in r for r in results.values())]
+    alarms = any("false_alarm" in r for r in results.values())
     head = ["dataset", "task", "cases / patients", "score", "prompted", "copied"]
     rows = []
     for name, r in results.items():
@@ -89,7 +90,11 @@ def score_table(results):
                 scores += [cell(r.get(k), metric) for k in others]
                 cases = f"{r['cases']} / {r['patients']}"
                 rows.append([name, r["task"], cases, metric, *scores])
-    return markdown(head + [titles[k] for k in others], rows)
+                if alarms:
+                    known = metric == "mIoU" and "false_alarm" in r
+                    rows[-1].append(f"{r['false_alarm']:.2%}" if known else "")
+    head += [titles[k] for k in others]
+    return markdown(head + ["painted on slices without it"] * alarms, rows)
 
 
 def paper_tables(results, name):
@@ -330,6 +335,32 @@ def draw_bars(axis, metric, names, results):
     if metric != "PSNR":
         axis.set_xlim(0, 1)
     axis.legend(fontsize=7)
+
+
+def draw_prompts(path, results):
+    """Every dataset's score under each random prompt, and under the one that looks alike.
+
+    results: {dataset: what prompts.py's `spread` gives}. The line ends at the worst and the best
+    prompt of every case.
+    """
+    known = {name: r for name, r in results.items() if "mean" in r}
+    if not known:
+        return
+    figure, axis = pyplot().subplots(figsize=(6, 1.3 + 0.4 * len(known)))
+    for at, r in enumerate(known.values()):
+        scale = 100 if r["metric"] == "PSNR" else 1  # dB in hundreds, to lie beside IoU
+        axis.plot(np.array([r["worst"], r["best"]]) / scale, (at, at), color="0.6")
+        axis.plot(np.array(r["draws"]) / scale, [at] * len(r["draws"]), "o", color="#0072b2",
+                  markersize=4, label=None if at else "random prompts, all cases")
+        axis.plot(r["alike"] / scale, at, "D", color="#d55e00",
+                  label=None if at else "the prompt that looks alike")
+    titles = [f"{name}, {r['metric'].replace('_', ' ')}" + (" / 100" * (r["metric"] == "PSNR"))
+              for name, r in known.items()]
+    axis.set_yticks(range(len(known)), titles)
+    axis.invert_yaxis()
+    axis.set_xlabel("score; the line goes from each case's worst prompt to its best")
+    axis.legend(fontsize=7)
+    finish(figure, path)
 
 
 def draw_examples(out, results, answer, datasets):

@@ -92,6 +92,7 @@ class Run:
         if args.minutes:  # until the first log line nobody knows how many steps they are
             self.steps = UNKNOWN
         self.spent, self.begun = 0.0, time.time()  # seconds: before a --resume, and since when
+        self.pace = None  # steps a second, smoothed
         self.stop = min(self.steps, args.stop_at or self.steps)
         self.step, self.best, self.ended = 0, -math.inf, False
         self.log, self.unwritten = LossLog(samples.names, ranks.device), []
@@ -241,10 +242,13 @@ class Run:
     def follow_the_clock(self, rate):
         """With --minutes: how many steps there will be, at `rate` a second; the same on all ranks.
 
-        The learning rate follows, and the run ends with the time.
+        The learning rate follows, and the run ends with the time. The pace changes by a fifth of
+        what is new, so that a short disturbance does not move the learning rate.
         """
+        self.pace = rate if self.pace is None else self.pace + 0.2 * (rate - self.pace)
         left = self.args.minutes * 60 - self.spent - (time.time() - self.begun)
-        steps = torch.tensor([self.step + max(0, round(left * rate))], device=self.ranks.device)
+        steps = self.step + max(0, round(left * self.pace))
+        steps = torch.tensor([steps], device=self.ranks.device)
         if self.ranks.distributed:
             dist.broadcast(steps, 0)
         self.steps = int(steps)

@@ -106,6 +106,17 @@ def test_box_scores_by_hand():
     assert metrics.box_scores([], truth) == (0, 0, 0)
 
 
+def test_false_alarms_by_hand():
+    truth, prediction = np.zeros((4, 2, 5), int), np.zeros((4, 2, 5), int)
+    truth[0, 0, :3] = 1           # class 1 is on slice 0 alone, class 2 on none, class 3 on all
+    truth[:, 1, 4] = 3
+    prediction[0, 0] = 1          # no false alarm: the slice shows the class
+    prediction[2, 0, :2] = 1      # 2 of 30 pixels on slices 1, 2, 3
+    prediction[3, 1] = 2          # 5 of 40 pixels
+    found = metrics.false_alarms(prediction, truth, ("one", "two", "three"))
+    assert found == {"one": pytest.approx(2 / 30), "two": pytest.approx(5 / 40)}
+
+
 def test_the_mean_of_what_is_known():
     nan = float("nan")
     assert metrics.known_mean([1, nan, 2]) == 1.5 and math.isnan(metrics.known_mean([nan]))

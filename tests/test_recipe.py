@@ -309,6 +309,7 @@ def test_no_flag_of_infer_and_eval_is_unread(program):
         settings, = (n for n in tree.body if getattr(n, "name", None) == "Settings")
         names = {f.name for f in fields(evaluation.Settings)}
         used = reads(settings, "self") | reads(tree, "settings")
+        used |= reads(parsed(ROOT / "prompts.py"), "settings")
         assert sorted(names - used) == []
         known |= names
     flags = {a.dest for a in module.make_parser()._actions} - {"help"}
