@@ -96,22 +96,11 @@ def mean_error(painted, target, weight, batch, recipe):
     return error.sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4)).clamp(min=1e-6)
 
 
-def balanced(sample, batch, labels, recipe):
-    """With `balance` (ours) masks of little foreground count as if they filled a tenth of their
-    images, at most ten times as much; otherwise a small organ teaches little. (B,) -> (B,)"""
-    if not recipe.balance:
-        return sample
-    filled = (labels != 0).flatten(1).float().mean(1)
-    more = sample * 0.1 / filled.clamp(0.01, 0.1)
-    return torch.where(batch.colored & (filled > 0), more, sample)
-
-
 def next_image_loss(model, batch, labels, recipe):
     """"ar", Eq. 2: the loss on every label after the first. labels (B, S, 1, H, W), colored."""
     _, weight = pixel_weights(batch, labels, recipe)
     painted = model(batch.images, labels, drop=batch.drop)  # (B, S - 1, 1, H, W)
-    sample = mean_error(painted, labels[:, 1:], weight[:, 1:], batch, recipe)
-    return balanced(sample, batch, labels, recipe)
+    return mean_error(painted, labels[:, 1:], weight[:, 1:], batch, recipe)
 
 
 def masked_loss(model, batch, labels, recipe):
@@ -119,8 +108,7 @@ def masked_loss(model, batch, labels, recipe):
     weight = interleave(*pixel_weights(batch, labels, recipe))  # (B, 4, 1, H, W)
     weight = weight * to_pixels(batch.hidden, labels.shape[-2:])
     painted = model(batch.images, labels, hidden=batch.hidden, drop=batch.drop)
-    sample = mean_error(painted, interleave(batch.images, labels), weight, batch, recipe)
-    return balanced(sample, batch, labels, recipe)
+    return mean_error(painted, interleave(batch.images, labels), weight, batch, recipe)
 
 
 LOSSES = {"ar": next_image_loss, "mim": masked_loss}

@@ -47,7 +47,6 @@ class Recipe:
     mask_loss: str | None = None       # ours: the loss of masks, where images have another one
     beta: float = 0.01                 # authors: where smooth L1 turns from square to straight
     background_weight: float = 0.1     # authors: weight of the background of colored labels
-    balance: bool = False              # ours: masks with little foreground count more
     boxes: str = "lines"               # paper: boxes drawn on the image; filled: masks (ours)
     close_up: float = 0.0              # ours: share of masks seen from near (second_look.py)
     augment: float = 0.0               # paper: none; share of samples made into other tasks
@@ -125,8 +124,8 @@ FLAGS = ("datasets model image_size layout init objective coloring mask_ratio nu
 # --finetune takes the first from its model, and the second unless something else is asked for.
 OF_THE_MODEL = "model image_size layout positions qk_norm gate drop_path init".split()
 OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss mask_loss beta "
-                 "background_weight balance boxes close_up augment superpixels "
-                 "optimizer average").split()
+                 "background_weight boxes close_up augment superpixels optimizer "
+                 "average").split()
 
 
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,

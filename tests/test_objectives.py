@@ -127,14 +127,13 @@ def naive_loss(objective, painted, batch, recipe):
     """The loss of every sample, pixel by pixel, from the text of objectives.py and the recipe."""
     losses = []
     for b in range(len(batch.images)):
-        colored, top, bottom, foreground, pixels = bool(batch.colored[b]), 0.0, 0.0, 0, 0
+        colored, top, bottom = bool(batch.colored[b]), 0.0, 0.0
         S, _, H, W = batch.images[b].shape
         loss = recipe.mask_loss if colored and recipe.mask_loss else recipe.loss
         for s in range(S):
             for y in range(H):
                 for x in range(W):
                     image, label = (float(t[b, s, 0, y, x]) for t in (batch.images, batch.labels))
-                    foreground, pixels = foreground + (label != 0), pixels + 1
                     empty = colored and label == 0
                     weight_of_label = recipe.background_weight if empty else 1.0
                     weight_of_label *= float(batch.valid[b, s, 0, y, x])
@@ -158,17 +157,14 @@ def naive_loss(objective, painted, batch, recipe):
                                 else error ** 2 / (2 * recipe.beta)
                         top, bottom = top + weight * error, bottom + weight
         mean = top / max(bottom, 1e-6)
-        if recipe.balance and colored and foreground:
-            mean *= 0.1 / min(max(foreground / pixels, 0.01), 0.1)
         losses.append(mean)
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("balance", (False, True))
 @pytest.mark.parametrize("loss,mask_loss", (("smooth_l1", None), ("l1", None), ("l2", None),
                                             ("smooth_l1", "l2"), ("l2", "l1")))
 @pytest.mark.parametrize("objective,S", (("ar", 2), ("ar", 4), ("mim", 2)))
-def test_losses_equal_a_loop_over_the_pixels(objective, S, loss, mask_loss, balance):
+def test_losses_equal_a_loop_over_the_pixels(objective, S, loss, mask_loss):
     """Masks of much, little and no foreground; images; no truth."""
     images, labels = pairs(6, S, 8)
     for b, share in enumerate((0.5, 0.04, 0.0, 1.0)):
@@ -179,8 +175,7 @@ def test_losses_equal_a_loop_over_the_pixels(objective, S, loss, mask_loss, bala
     hidden = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.6
     colored = torch.tensor([True, True, True, True, False, False])
     batch = make_batch(images, labels, colored, valid, hidden if objective == "mim" else None)
-    recipe = Recipe(loss=loss, mask_loss=mask_loss, beta=0.2, background_weight=0.3,
-                    balance=balance)
+    recipe = Recipe(loss=loss, mask_loss=mask_loss, beta=0.2, background_weight=0.3)
     painted = pairs(6, 4 if objective == "mim" else S - 1, 8, seed=7)[0]
     answer = LOSSES[objective](painter(painted), batch, labels, recipe)
     assert answer.shape == (6,)
@@ -212,22 +207,6 @@ def test_no_loss_outside_hidden_patches():
     blocks = F.interpolate(hidden.float().view(2, 4, 4, 4), scale_factor=8)
     inside = blocks.unsqueeze(2) > 0
     assert not (touched & ~inside).any() and (touched & inside).sum() > 0.99 * inside.sum()
-
-
-def test_balance_by_hand():
-    """Organs of 1/50 and of 1/500 of the images count 5 and 10 times, one of a half once, an image
-    once, no organ once."""
-    labels = torch.zeros(5, 2, 1, 50, 50)
-    for i, rows in enumerate((1, 0.1, 25)):
-        labels[i].flatten(2)[..., :int(50 * rows)] = 1
-    labels[3] = 0.5
-    colored = torch.tensor([True, True, True, False, True])
-    batch = make_batch(torch.zeros_like(labels), labels, colored)
-
-    def loss(**how):
-        return LOSSES["ar"](painter(labels[:, 1:] + 0.25), batch, labels, Recipe(loss="l1", **how))
-
-    assert torch.allclose(loss(balance=True) / loss(), torch.tensor([5.0, 10.0, 1.0, 1.0, 1.0]))
 
 
 def test_a_sample_is_normalised_by_itself():

@@ -29,7 +29,7 @@ def test_the_papers_defaults():
 
 
 @pytest.mark.parametrize("words,name,value", (
-    ("balance=true", "balance", True), ("balance=True", "balance", True),
+    ("strict=true", "strict", True), ("strict=True", "strict", True),
     ("qk_norm=false", "qk_norm", False), ("bf16=none", "bf16", None), ("bf16=true", "bf16", True),
     ("image_size=64", "image_size", 64), ("image_size=none", "image_size", None),
     ("cases=3", "cases", 3), ("layer_decay=None", "layer_decay", None),
@@ -63,7 +63,7 @@ def test_flags_and_set_parse_alike():
     (["--set", "beta="], "write a float"),
     (["--set", "beta=none"], "write a float"),
     (["--set", "beta=nan"], "--beta is nan: it must be above 0"),
-    (["--set", "balance=yes"], "--balance is 'yes': write a bool"),
+    (["--set", "strict=yes"], "--strict is 'yes': write a bool"),
     (["--set", "cases=1.5"], "--cases is '1.5': write a int"),
     (["--set", "loss=l3"], "--loss is 'l3': choose one of smooth_l1, l1, l2"),
     (["--set", "drop_path=1"], "below 1"),
@@ -121,7 +121,7 @@ OTHER = {"model": "tiny", "image_size": "64", "layout": "sequence", "positions":
          "qk_norm": "false", "gate": "true", "drop_path": "0.2", "init": "mae.pth",
          "objective": "ar", "seg_share": "0.4", "mim_share": "0.8", "mask_ratio": "0.5",
          "hide_label": "0.2", "num_prompts": "1-2", "coloring": "binary", "loss": "l1",
-         "mask_loss": "l2", "beta": "0.02", "background_weight": "1", "balance": "true",
+         "mask_loss": "l2", "beta": "0.02", "background_weight": "1",
          "boxes": "filled",
          "close_up": "0.5", "augment": "0.5", "superpixels": "0.5", "datasets": "acdc",
          "brats_pairs": "t1c:t2w",

@@ -208,7 +208,7 @@ def test_bfloat16_is_left_out_where_a_cpu_has_none(store, tmp_path, monkeypatch,
 @pytest.mark.parametrize("how", (["--optimizer", "adamw"],
                                  ["--optimizer", "muon", "--num_prompts", "1-3"],
                                  ["--layout", "sequence", "--set", "loss=l1"],
-                                 ["--set", "gate=true", "balance=true"]))
+                                 ["--set", "gate=true", "mask_loss=l2"]))
 def test_five_steps_equal_three_and_two(store, tmp_path, how):
     """Bit for bit on CPU, both objectives among the steps, the log without gap or repetition."""
     whole = run(store, tmp_path / "whole", "--steps", "5", *how)
