@@ -11,9 +11,10 @@ that is removed at the end. Research software, not a medical device.
 import argparse
 import json
 import shutil
+import signal
+import sys
 import threading
 import webbrowser
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ import report
 from running.checkpoints import find_checkpoint, pick_device
 from running.local_server import LocalHandler, LocalServer
 from scans import volumes
-from scans.files import (AXES, Example, choose_modality, cut_slices, output_paths, remarks,
-                         write_example)
+from scans.files import (AXES, Example, choose_modality, cut_slices, output_paths, pack_example,
+                         remarks, write_example)
 from scans.uploads import Uploads
 from scans.volumes import DataError, command_line, intensity_range, read_volume
 
@@ -41,14 +42,13 @@ class Scan:
     def __init__(self, uploads, number):
         self.uploads, self.number = uploads, number
         self.volume = self.cut = self.stack = self.example = self.case = self.answer = None
-        self.painted = {}  # slice number -> classes (H, W)
+        self.painted, self.names = {}, {}  # slice number -> classes (H, W); class -> its name
 
     def open(self, args):
         """Read the scan, and say what the page has to know about it."""
-        self.volume = self.example = self.answer = None
+        self.volume = self.example = self.case = self.answer = None
         self.painted = {}
-        path = self.uploads.find(self.number, "scan")
-        self.volume = read_volume(path, series=args.series)
+        self.volume = read_volume(self.uploads.find(self.number, "scan"), series=args.series)
         self.cut, self.stack = cut_slices(self.volume, args)
         modality = choose_modality(self.volume, args)
         return {"shape": self.stack.shape, "spacing": self.cut.spacing, "modality": modality,
@@ -57,8 +57,11 @@ class Scan:
 
     def label(self, args):
         """Read the answer that was dropped for this scan."""
+        role = "next" if self.uploads.find(self.number, "next") else "label"
+        self.example = Example(self.volume, self.uploads.find(self.number, role), args)
         self.painted = {}
-        self.example = Example(self.volume, self.uploads.find(self.number, "label"), args)
+        if role == "next":
+            self.uploads.move(self.number, "next", "label")
         classes = np.unique(self.example.label.array) if self.example.segmentation else []
         low_high = intensity_range(self.example.label, self.example.modality)
         return {"segmentation": self.example.segmentation, "notes": self.example.remarks(),
@@ -66,13 +69,13 @@ class Scan:
 
     def prompt(self, args):
         """This scan as an `Example`: with the dropped answer, the painted slices, or both."""
+        if self.painted:
+            image, label = self.write_painted()
+            return Example(read_volume(image), label, args)
         dropped = self.uploads.find(self.number, "label")
-        if not (self.painted or dropped):
+        if not dropped:
             raise DataError("the example has no answer yet: drop its mask, or paint one")
-        if not self.painted:
-            return Example(self.volume, dropped, args)
-        image, label = self.write_painted()
-        return Example(read_volume(image), label, args)
+        return Example(self.volume, dropped, args)
 
     def write_painted(self):
         """The files of the painted example: (image, label)."""
@@ -97,20 +100,11 @@ class Scan:
     def save(self):
         """Write the answer, with what was painted over it; its classes and their volumes."""
         for k, classes in self.painted.items():
+            if classes.max() > np.iinfo(self.answer.dtype).max:
+                raise DataError(f"class {classes.max()} does not fit into the answer's file")
             self.answer[k] = classes
         self.case.write(self.answer, None)
         return report.describe_answer(self.case, self.answer)["classes"]
-
-    def file(self, what):
-        """(name, content) of the answer, or of a zip with the painted example."""
-        if what == "answer":
-            return self.case.output.name, self.case.output.read_bytes()
-        files = self.write_painted()
-        path = files[0].with_name("example.zip")
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in files:
-                archive.write(file, file.name)
-        return path.name, path.read_bytes()
 
 
 class Session:
@@ -143,11 +137,12 @@ class Session:
         if action == "stop":
             return self.stopped.set()
         ways = {"open": lambda: scan.open(args), "label": lambda: scan.label(args),
-                "save": scan.save,
-                "room": lambda: self.uploads.check_room(wanted["bytes"]),
+                "save": scan.save, "room": lambda: self.uploads.check_room(wanted["bytes"]),
                 "keep": lambda: scan.keep(self.scan(wanted["source"])),
                 "prepare": lambda: self.prepare(scan, wanted["examples"], args),
-                "forget": lambda: self.uploads.forget(number, wanted["role"])}
+                "name": lambda: setattr(scan, "names", wanted["names"]),
+                "forget": lambda: self.uploads.forget(number, "next"),
+                "remove": lambda: self.scans.pop(number) and self.uploads.forget(number, "")}
         with self.busy:
             return ways[action]()
 
@@ -180,8 +175,10 @@ class Handler(LocalHandler):
         self.reply(np.ascontiguousarray(stack[int(k)], np.float32).tobytes())
 
     def get_file(self, number, what):
-        name, content = self.server.session.scan(number).file(what)
-        self.reply(content, Content_Disposition=f'attachment; filename="{name}"')
+        """The answer's file, or a zip with the painted example."""
+        scan = self.server.session.scan(number)
+        self.reply_file(scan.case.output if what == "answer"
+                        else pack_example(scan.write_painted(), scan.names))
 
     def post_upload(self, number, role, name):
         self.server.session.uploads.store(number, role, name, self.rfile, self.length())
@@ -208,6 +205,8 @@ class Handler(LocalHandler):
         """
         session, scan = self.server.session, self.server.session.scan(number)
         with session.busy:
+            if not scan.case:
+                raise DataError("the scan was not prepared")
             session.stopped.clear()
             self.begin()
             try:
@@ -217,7 +216,7 @@ class Handler(LocalHandler):
                                          + np.uint8(255 * score).tobytes())
                     if session.stopped.is_set():
                         break
-            except (ValueError, RuntimeError, MemoryError) as error:
+            except Exception as error:  # the headers are sent
                 self.wfile.write(np.int32(-1).tobytes() + self.words(error).encode())
 
 
@@ -236,8 +235,9 @@ def main(argv=None):
     volumes.MAX_VOXELS = MAX_VOXELS
     session = Session(args)
     server = LocalServer(args.port, Handler, PAGE, session)
-    print(f"{server.address}   Ctrl+C ends it", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the uploads go
     try:
+        print(f"{server.address}   Ctrl+C ends it", flush=True)
         if args.browser:
             webbrowser.open(server.address)
         server.serve_forever()

@@ -40,7 +40,7 @@ async function upload(number, role, files) {
 // ---------------------------------------------------------------------------------------------
 // A scan, with the layer that lies over it: the example's answer, or the model's
 
-let scansMade = 0;
+let scansMade = Math.floor(Math.random() * 2 ** 40);  // another page has other numbers
 
 class Scan {
   constructor(name) {
@@ -55,7 +55,7 @@ class Scan {
   /** Drop what was kept of the voxels. */
   forget() {
     this.slices = new Map();   // k -> Float32Array
-    this.over = new Map();     // k -> Uint16Array of classes, or Float32Array of an image
+    this.over = new Map();     // k -> Int32Array of classes, or Float32Array of an image
     this.sure = new Map();     // k -> Uint8Array, the winning class's score
     this.painted = new Set();
     this.undo = [];
@@ -74,7 +74,7 @@ class Scan {
     this.segmentation = said.segmentation;
     this.overRange = said.range;
     this.labelNotes = said.notes;
-    said.classes.forEach(value => nameClass(value));
+    nameClasses(said.classes);
   }
 
   async fetchSlice(layer, k) {
@@ -100,7 +100,7 @@ class Scan {
   async layerOver(k) {
     if (!this.over.has(k) && this.layer === "label") {
       const values = await this.fetchSlice("label", k);
-      this.over.set(k, this.segmentation ? Uint16Array.from(values) : values);
+      this.over.set(k, this.segmentation ? Int32Array.from(values) : values);
     }
     return this.over.get(k);
   }
@@ -108,15 +108,14 @@ class Scan {
   /** The classes of slice k, to be painted on. */
   canvas(k) {
     if (!this.over.has(k)) {
-      this.over.set(k, new Uint16Array(this.shape[1] * this.shape[2]));
+      this.over.set(k, new Int32Array(this.shape[1] * this.shape[2]));
       this.layer = this.layer || "paint";
     }
     return this.over.get(k);
   }
 
   async sendPaint(k) {
-    const classes = this.painted.has(k) ? Int32Array.from(this.over.get(k)) : new Int32Array(0);
-    await post(`paint/${this.number}/${k}`, classes);
+    await post(`paint/${this.number}/${k}`, this.painted.has(k) ? this.over.get(k) : "");
   }
 }
 
@@ -130,6 +129,18 @@ const state = {
 function nameClass(value, name = `class ${value}`) {
   if (!state.classes.has(value)) {
     state.classes.set(value, name);
+  }
+}
+
+/** The classes of a label that was dropped; nothing is left of an invented class 1. */
+function nameClasses(values) {
+  const painted = [...state.examples, ...state.inputs].some(scan => scan.painted.size);
+  if (values.length && !painted && state.classes.size === 1) {
+    state.classes.clear();
+  }
+  values.forEach(value => nameClass(value));
+  if (values.length && !state.classes.has(state.active)) {
+    state.active = values[0];
   }
 }
 
@@ -436,6 +447,7 @@ class Viewer {
     const scan = this.scan, image = scan && !scan.segmentation;
     this.part("with-scan").hidden = !scan;
     this.part("empty").hidden = Boolean(scan);
+    if (!scan) this.canvas.width = this.canvas.height = 300;  // which clears it
     this.part("scans").replaceChildren(...this.scans.map((one, index) => {
       const button = document.createElement("button");
       button.type = "button";
@@ -445,6 +457,8 @@ class Viewer {
       return button;
     }));
     for (const part of this.root.querySelectorAll(".paints")) part.hidden = !this.canPaint();
+    for (const part of this.root.querySelectorAll(".overlays")) part.hidden = Boolean(image);
+    $(".remove", this.root.parentNode).hidden = !scan || state.answering;
     this.part("undo").disabled = !scan || !scan.undo.length;
     this.part("compares").hidden = !image || !scan.layer;
     this.part("has-confidence").hidden = !scan || !scan.sure.size;
@@ -463,7 +477,8 @@ class Viewer {
     add.type = "button";
     add.textContent = "Add a class";
     add.addEventListener("click", () => {
-      state.active = Math.max(0, ...state.classes.keys()) + 1;
+      state.active = 1;
+      while (state.classes.has(state.active)) state.active++;
       nameClass(state.active);
       refresh();
     });
@@ -480,7 +495,12 @@ class Viewer {
     swatch.className = "swatch";
     swatch.style.background = `rgb(${color(value)})`;
     choice.addEventListener("change", () => { state.active = value; refresh(); });
-    text.addEventListener("change", () => { state.classes.set(value, text.value); refresh(); });
+    text.addEventListener("input", () => {
+      state.classes.set(value, text.value);
+      for (const other of document.querySelectorAll(`[aria-label="name of class ${value}"]`)) {
+        other.value = text.value;
+      }
+    });
     const known = this.scan.volumes[value];
     if (known) {
       volume.textContent = known.ml === undefined ? `${known.voxels} pixels` : `${Number(known.ml.toPrecision(3))} ml`;
@@ -529,18 +549,16 @@ async function addScans(side, files) {
 async function addLabel(files) {
   const scan = viewers.example.scan;
   say(`Reading ${files[0].name} ...`);
+  try {
+    await upload(scan.number, "next", files);
+    await scan.openLabel();
+  } catch (error) {  // what was there before stays
+    await ask("forget", {scan: scan.number});
+    throw error;
+  }
   scan.over.clear();
   scan.painted.clear();
   scan.undo = [];
-  await ask("forget", {scan: scan.number, role: "label"});
-  try {
-    await upload(scan.number, "label", files);
-    await scan.openLabel();
-  } catch (error) {
-    scan.layer = null;
-    await ask("forget", {scan: scan.number, role: "label"});
-    throw error;
-  }
   viewers.example.go(await fullest(scan));
   state.version++;
   await prepare();
@@ -634,31 +652,56 @@ async function answerOne(scan) {
 function takeSlice(scan, frame, pixels) {
   const k = new Int32Array(frame.buffer, 0, 1)[0];
   const values = new Float32Array(frame.buffer, 4, pixels);
-  scan.over.set(k, scan.segmentation ? Uint16Array.from(values) : values.slice());
+  scan.over.set(k, scan.segmentation ? Int32Array.from(values) : values.slice());
   if (scan.segmentation) scan.sure.set(k, frame.slice(4 + 4 * pixels));
   return k;
 }
 
+/** Read a scan anew. The painting on an example stays where its slices do. True: some was lost. */
+async function reopenScan(scan) {
+  const cut = () => [scan.axis, ...scan.shape].join();
+  const before = cut(), painted = scan.painted, over = scan.over;
+  const layer = scan.layer, example = state.examples.includes(scan);
+  scan.forget();
+  scan.layer = layer === "label" ? "label" : null;
+  await scan.open();
+  const same = cut() === before;
+  if (!same) scan.k = Math.floor(scan.shape[0] / 2);
+  if (scan.layer) await scan.openLabel();
+  if (!example || !same) return painted.size > 0;
+  for (const k of painted) {
+    scan.over.set(k, over.get(k));
+    scan.painted.add(k);
+    scan.layer = scan.layer || "paint";
+    await scan.sendPaint(k);
+  }
+  return false;
+}
+
 /** Read everything anew after a choice under "What is assumed". */
 async function reopen() {
+  let lost = false, failed = null;
   for (const scan of [...state.examples, ...state.inputs]) {
-    const before = String(scan.shape), painted = scan.painted, over = scan.over;
-    const dropped = scan.layer === "label", example = state.examples.includes(scan);
-    scan.forget();
-    await scan.open();
-    scan.layer = null;
-    if (dropped) await scan.openLabel();
-    if (example && String(scan.shape) === before) {
-      for (const k of painted) {
-        scan.over.set(k, over.get(k));
-        scan.painted.add(k);
-        scan.layer = scan.layer || "paint";
-        await scan.sendPaint(k);
-      }
+    try {
+      lost = await reopenScan(scan) || lost;
+    } catch (error) {
+      failed = failed || error;
     }
   }
   state.version++;
+  if (failed) throw failed;
   Object.values(viewers).filter(viewer => viewer.scan).forEach(viewer => viewer.go(viewer.scan.k));
+  await prepare();
+  if (lost) say("What was painted on the slices before is gone: paint on the new ones.");
+}
+
+async function removeScan(side) {
+  const viewer = viewers[side], scan = viewer.scan;
+  viewer.scans.splice(viewer.current, 1);
+  viewer.current = Math.max(0, viewer.current - 1);
+  state.version++;
+  await ask("remove", {scan: scan.number});
+  if (viewer.scan) viewer.go(viewer.scan.k);
   await prepare();
 }
 
@@ -735,8 +778,11 @@ $("#answer").addEventListener("click", () => attempt(async () => {
   }
 }));
 $("#stop").addEventListener("click", () => attempt(() => ask("stop")));
-$("#save-example").addEventListener("click", () => attempt(async () =>
-  save(`file/${viewers.example.scan.number}/example`)));
+$("#save-example").addEventListener("click", () => attempt(async () => {
+  const scan = viewers.example.scan;
+  await ask("name", {scan: scan.number, names: Object.fromEntries(state.classes)});
+  save(`file/${scan.number}/example`);
+}));
 $("#save-answer").addEventListener("click", () => attempt(async () => {
   const scan = viewers.input.scan;
   scan.volumes = await ask("save", {scan: scan.number});
@@ -753,8 +799,20 @@ $("#keep").addEventListener("click", () => attempt(async () => {
   state.version++;
   await prepare();
 }));
+for (const button of document.querySelectorAll("button.remove")) {
+  button.addEventListener("click", () => attempt(() => removeScan(button.closest("section").id)));
+}
 for (const choice of document.querySelectorAll(".options [name]")) {
-  choice.addEventListener("change", () => attempt(reopen));
+  let before = choice.value;
+  choice.addEventListener("change", () => {
+    const corrected = state.inputs.some(scan => scan.painted.size);
+    if (corrected && !confirm("The answers and your corrections of them will be gone.")) {
+      choice.value = before;
+      return;
+    }
+    before = choice.value;
+    attempt(reopen);
+  });
 }
 
 nameClass(1);

@@ -10,7 +10,7 @@ import mimetypes
 import secrets
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
            "X-Content-Type-Options": "nosniff",
@@ -40,6 +40,8 @@ class LocalHandler(BaseHTTPRequestHandler):
     Whatever they raise becomes {"error": one line}, status 400.
     """
 
+    timeout = 60  # seconds without a byte end a connection
+
     def do_GET(self):
         self.serve("get")
 
@@ -56,8 +58,8 @@ class LocalHandler(BaseHTTPRequestHandler):
             return self.reply(b"Open the address that app.py printed.", "text/plain", 403)
         try:
             getattr(self, f"{method}_{parts[0]}", self.send_page)(*parts[1:])
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the page was closed
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            pass  # the page was closed, or does not read
         except Exception as error:  # a hostile request must not end the server
             self.reply_json({"error": self.words(error)}, 400)
 
@@ -81,6 +83,11 @@ class LocalHandler(BaseHTTPRequestHandler):
     def reply(self, content, kind="application/octet-stream", status=200, **headers):
         self.begin(status, Content_Type=kind, Content_Length=len(content), **headers)
         self.wfile.write(content)
+
+    def reply_file(self, path):
+        """Have a file saved under its name."""
+        saved = f"attachment; filename*=UTF-8''{quote(path.name)}"
+        self.reply(path.read_bytes(), Content_Disposition=saved)
 
     def reply_json(self, value, status=200):
         self.reply(json.dumps(value).encode(), "application/json", status)

@@ -3,7 +3,9 @@
 `Example` is an image with its label, read and checked.
 """
 
+import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -179,14 +181,26 @@ def write_example(folder, image, cut, slices):
     name = stem(image.path.absolute())
     if len(numbers) < len(cut.cut(image.array)):
         image = some_slices(image, cut, numbers)
-    kind = {"picture": ".tif" if image.array.dtype.kind == "f" else ".png",
-            "nifti": ".nii.gz"}.get(image.kind, own_kind(image.path))
     stack = np.stack([slices[k] for k in numbers])  # (K, H, W)
-    label = cut.restore(stack.astype(np.uint8 if stack.max() < 256 else np.int32))
+    kinds = (np.uint8, np.uint16, np.int32)
+    label = cut.restore(stack.astype(next(t for t in kinds if stack.max() <= np.iinfo(t).max)))
+    large = image.array.dtype.kind == "f" or label.dtype == np.int32  # for a PNG
+    kind = {"picture": ".tif" if large else ".png", "nifti": ".nii.gz"}
+    kind = kind.get(image.kind, own_kind(image.path))
     paths = Path(folder) / (name + kind), Path(folder) / (name + "_label" + kind)
     write_like(paths[0], image.array, image)
     write_like(paths[1], np.ascontiguousarray(label), image)
     return paths
+
+
+def pack_example(paths, names) -> Path:
+    """A zip beside `write_example`'s files that holds them and classes.json, the classes' names."""
+    packed = paths[0].with_name("example.zip")
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in paths:
+            archive.write(path, path.name)
+        archive.writestr("classes.json", json.dumps(names, indent=1))
+    return packed
 
 
 # ------------------------------------------------------------------------------------------------

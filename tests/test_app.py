@@ -3,14 +3,19 @@
 import http.client
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import zipfile
 from argparse import Namespace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_dicom import hounsfield, write_dicom
 
 import app
@@ -49,7 +54,7 @@ class Page:
     def drop(self, number, role, *paths):
         for path in paths:
             self.request(f"upload/{number}/{role}/{path.name}", path.read_bytes())
-        return self.do({"scan": "open", "label": "label"}[role], scan=number)
+        return self.do("open" if role == "scan" else "label", scan=number)
 
     def answer(self, number, shape):
         """The streamed answer: {slice: (values, confidence)}."""
@@ -125,9 +130,9 @@ def test_a_saved_answer_equals_that_of_infer_in_every_voxel(page, kind, hearts, 
     scan = page.session.scan(11)
     for k, (values, _) in parts.items():
         np.testing.assert_array_equal(values, scan.cut.cut(ours.array)[k])
-    page.do("forget", scan=10, role="scan")
-    page.do("forget", scan=10, role="label")
-    page.do("forget", scan=11, role="scan")
+    page.do("remove", scan=10)
+    page.do("remove", scan=11)
+    assert not (page.folder / "10").exists()
 
 
 def test_a_dicom_series_comes_as_files_and_as_a_zip(page, tmp_path):
@@ -163,7 +168,8 @@ def test_painted_slices_are_the_example_and_infer_takes_its_files(page, hearts, 
     ours = saved(page, 31, tmp_path)
     with zipfile.ZipFile(io.BytesIO(page.request("file/30/example")[1])) as archive:
         archive.extractall(tmp_path / "painted")
-    label, image = sorted((tmp_path / "painted").iterdir(), key=lambda p: "_label" not in p.name)
+    label, image = sorted((tmp_path / "painted").glob("*.nii.gz"),
+                          key=lambda p: "_label" not in p.name)
     part = read_volume(label)
     assert sorted(part.array.shape) == sorted((2, H, W))
     theirs = by_infer(image, label, hearts[1][0], tmp_path / "infer")
@@ -274,7 +280,7 @@ def test_a_name_never_leads_out_of_the_folder(page, name):
     for path in page.folder.rglob("*"):
         if path.is_file() and "/40/" in str(path):
             assert path.parent == page.folder / "40" / "scan"
-    page.do("forget", scan=40, role="scan")
+    page.do("remove", scan=40)
 
 
 @pytest.mark.parametrize("entry", ["/etc/evil.nii", "../../evil.nii", "a/../../evil.nii",
@@ -286,11 +292,12 @@ def test_a_zip_with_paths_that_lead_out_is_refused(page, entry, tmp_path):
     status, content = page.request("upload/41/scan/bad.zip", bad.read_bytes())
     assert status == 400 and b"leads out" in content
     assert not list(page.folder.parent.rglob("evil*"))
-    page.do("forget", scan=41, role="scan")
+    page.do("remove", scan=41)
 
 
 def test_a_zip_bomb_is_stopped_while_it_unpacks(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(uploads, "MAX_BYTES", page.session.uploads.used + 20_000_000)
+    there = sum(f.stat().st_size for f in page.folder.rglob("*") if f.is_file())
+    monkeypatch.setattr(uploads, "MAX_BYTES", there + 20_000_000)
     bomb = tmp_path / "bomb.zip"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.nii", bytes(200_000_000))
@@ -298,7 +305,7 @@ def test_a_zip_bomb_is_stopped_while_it_unpacks(page, tmp_path, monkeypatch):
     status, content = page.request("upload/42/scan/bomb.zip", bomb.read_bytes())
     assert status == 400 and b"GB that fit" in content
     assert sum(f.stat().st_size for f in page.folder.rglob("*") if f.is_file()) < 60_000_000
-    page.do("forget", scan=42, role="scan")
+    page.do("remove", scan=42)
     monkeypatch.undo()
     assert page.request("")[0] == 200
 
@@ -319,11 +326,15 @@ def test_ten_gigabytes_are_refused_before_they_come(page):
     ("a.mhd", "ElementDataFile = /etc/passwd"), ("b.mha", "ElementDataFile = ../../x.raw"),
     ("c.nhdr", "data file: /etc/passwd"), ("d.nrrd", "datafile: ../x.raw"),
     ("e.mhd", "ElementDataFile = LIST\n/etc/passwd")])
-def test_a_header_cannot_have_another_file_read(page, name, text):
-    head = "NRRD0004\n" if name[-4:] in ("nhdr", "nrrd") else ""
+@pytest.mark.parametrize("comments", (0, 2000))
+def test_a_header_cannot_have_another_file_read(page, name, text, comments):
+    nrrd = name[-4:] in ("nhdr", "nrrd")
+    head = "NRRD0004\n" * nrrd + ("# " if nrrd else "Comment = ") * bool(comments)
+    head += ("x" * 60 + ("\n# " if nrrd else "\nComment = ")) * comments + "\n" * bool(comments)
     page.request(f"upload/44/scan/{name}", (head + text + "\n").encode())
-    assert "drop that file" in page.do("open", scan=44)["error"]
-    page.do("forget", scan=44, role="scan")
+    said = page.do("open", scan=44)["error"]
+    assert ("header of more than" if comments else "drop that file") in said
+    page.do("remove", scan=44)
 
 
 def test_a_mhd_finds_the_raw_file_that_was_dropped_with_it(page, hearts, tmp_path):
@@ -344,6 +355,83 @@ def test_a_claim_of_many_voxels_is_refused(page, tmp_path, monkeypatch):
     path = tmp_path / "a.nii"
     path.write_bytes(header.binaryblock + bytes(1000))
     assert "claims" in page.drop(46, "scan", path)["error"]
+
+
+def test_a_zip_of_too_many_files_is_refused(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_ENTRIES", 20)
+    many = tmp_path / "many.zip"
+    with zipfile.ZipFile(many, "w") as archive:
+        for n in range(21):
+            archive.writestr(f"{n}.dcm", b"x")
+    status, content = page.request("upload/47/scan/many.zip", many.read_bytes())
+    assert status == 400 and b"21 files" in content
+    assert not list((page.folder / "47" / "scan").iterdir())
+
+
+def test_a_wrong_mask_leaves_the_one_before(page, hearts):
+    page.drop(48, "scan", hearts[0][0])
+    page.drop(48, "label", hearts[0][1])
+    assert "its image" in page.drop(48, "next", hearts[1][1])["error"]
+    page.do("forget", scan=48)
+    assert page.do("label", scan=48)["classes"] == [1, 2, 3]
+    page.request("paint/48/1", np.ones(page.session.scan(48).stack.shape[1:], np.int32).tobytes())
+    assert page.drop(48, "next", hearts[0][1])["classes"] == [1, 2, 3]
+    assert not page.session.scan(48).painted  # a new mask takes the place of the painting, too
+
+
+def test_names_of_any_script_and_large_classes_come_back(page, tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    name = "Größe 图像 x.png"
+    image = tmp_path / name
+    Image.fromarray(rng.integers(0, 255, (40, 50), np.uint8)).save(image)
+    status, _ = page.request(f"upload/49/scan/{quote(name)}", image.read_bytes())
+    assert status == 200
+    shape = page.do("open", scan=49)["shape"][1:]
+    classes = np.zeros(shape, np.int32)
+    classes[3:9, 4:20] = 70000
+    page.request("paint/49/0", classes.tobytes())
+    page.do("name", scan=49, names={"70000": "a name"})
+    link = page.request("file/49/example")
+    with zipfile.ZipFile(io.BytesIO(link[1])) as archive:
+        assert json.loads(archive.read("classes.json")) == {"70000": "a name"}
+        label, = [n for n in archive.namelist() if "_label" in n]
+        archive.extract(label, tmp_path)
+    np.testing.assert_array_equal(read_volume(tmp_path / label).array[:, :, 0].T, classes)
+
+
+def test_an_unprepared_answer_is_an_error_and_messages_name_no_folder(page, tmp_path):
+    files = write_dicom(tmp_path / "series", hounsfield(5))
+    assert "not prepared" in json.loads(page.request("answer/50", b"")[1])["error"]
+    said = page.drop(50, "scan", *files[:2], *files[3:])["error"]
+    assert said.startswith("the dropped scan:") and "/tmp" not in said
+
+
+def test_a_reader_that_stalls_does_not_hold_the_others(page, hearts, monkeypatch):
+    monkeypatch.setattr(app.Handler, "timeout", 2)
+    monkeypatch.setattr(app.Scan, "parts", lambda self: (
+        ([k], np.zeros((1, 2000, 2000), np.float32), np.zeros((1, 2000, 2000)))
+        for k in range(20)))
+    page.drop(51, "scan", hearts[0][0])
+    page.session.scan(51).case = object()
+    link = http.client.HTTPConnection("127.0.0.1", page.server.server_port)
+    link.request("POST", f"/{page.server.token}/answer/51", b"")
+    link.getresponse()  # its body is never read
+    assert page.do("open", scan=51)["axis"] == "axial"  # waits until the other has timed out
+    link.close()
+
+
+def test_the_folder_goes_when_the_program_is_terminated(checkpoint, tmp_path):
+    command = [sys.executable, "app.py", "--port", "0", "--no-browser", "--checkpoint",
+               str(checkpoint)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "TMPDIR": str(tmp_path)}) as program:
+        assert program.stdout.readline().startswith("http://127.0.0.1:")
+        assert list(tmp_path.glob("mvg_*"))
+        program.terminate()
+        program.wait(20)
+    assert not list(tmp_path.glob("mvg_*"))
 
 
 def test_the_folder_is_private_and_goes(tmp_path, checkpoint):

@@ -35,6 +35,17 @@ class Person:
     def find(self, selector):
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
+    def scan(self, n):
+        """The n-th scan that the page made, counted from 1."""
+        return [scan for number, scan in self.page.session.scans.items() if number][n - 1]
+
+    @staticmethod
+    def until(holds, seconds=20):
+        end = time.time() + seconds
+        while not holds():
+            assert time.time() < end
+            time.sleep(0.05)
+
     @property
     def status(self):
         return self.find("#status").text
@@ -124,7 +135,7 @@ def person(driver, tmp_path):
     driver.get(page.server.address)
     yield Person(driver, page, downloads)
     page.close()
-    known = ("favicon", "400 (Bad Request)", "willReadFrequently")  # the last one is `pixel`'s
+    known = ("400 (Bad Request)", "willReadFrequently")  # the last one is `pixel`'s
     errors = [entry["message"] for entry in driver.get_log("browser")
               if not any(word in entry["message"] for word in known)]
     assert errors == []
@@ -136,6 +147,7 @@ def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, heart
     person.drop("example", "scan", hearts[0][0])
     person.wait("paint a mask")
     person.set_range("#example .slice", 4)
+    person.until(lambda: person.find("#example .where").text.startswith("4 of"))
     person.choose_tool("example", "brush")
     gray = person.pixel("example", 0.5, 0.5)
     person.drag("example", (0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.5), (0.5, 0.5))
@@ -148,12 +160,13 @@ def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, heart
     person.drag("example", (0.6, 0.6), (0.6, 0.6))
     person.click("#example .undo")
     person.set_range("#example .slice", 6)
+    person.until(lambda: person.find("#example .where").text.startswith("6 of"))
     person.choose_tool("example", "brush")
     person.drag("example", (0.4, 0.4), (0.6, 0.6))
     person.drop("input", "scan", hearts[1][0])
     person.wait("Press Answer")
     assert "task segmentation" in person.find("#notes").text
-    painted = person.page.session.scan(1).painted
+    painted = person.scan(1).painted
     assert sorted(painted) == [3, 5]
     assert set(np.unique(painted[3])) == {0, 1, 2} and set(np.unique(painted[5])) == {0, 2}
     H, W = painted[3].shape
@@ -162,7 +175,8 @@ def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, heart
     person.wait("Answered")
     packed = person.save("#save-example")
     shutil.unpack_archive(packed, tmp_path / "painted")
-    label, image = sorted((tmp_path / "painted").iterdir(), key=lambda p: "_label" not in p.name)
+    label, image = sorted((tmp_path / "painted").glob("*.nii.gz"),
+                          key=lambda p: "_label" not in p.name)
     ours = read_volume(person.save("#save-answer"))
     theirs = by_infer(image, label, hearts[1][0], tmp_path / "infer")
     np.testing.assert_array_equal(ours.array, theirs.array)
@@ -170,11 +184,13 @@ def test_a_volume_painted_by_mouse_is_answered_corrected_and_saved(person, heart
     # Correct a slice, and use it as a further example.
     person.set_range("#input .slice", 5)
     person.choose_tool("input", "brush")
+    person.until(lambda: person.find("#input .where").text.startswith("5 of"))
     person.drag("input", (0.5, 0.5), (0.55, 0.5))
+    person.until(lambda: person.scan(2).painted)
     person.click("#keep")
     person.wait("Answered")
     assert len(person.driver.find_elements(By.CSS_SELECTOR, "#example .scans button")) == 2
-    assert person.page.session.scan(3).example.labels.any()
+    assert person.scan(3).example.labels.any()
     person.click("#answer")
     person.wait("Answered")
     notes = person.find("#notes").text
@@ -206,11 +222,11 @@ def test_two_scans_are_answered_one_after_the_other(person, hearts):
     person.wait("Press Answer")
     person.click("#answer")
     person.wait("Answered")
-    answers = [person.page.session.scan(n).answer for n in (2, 3)]
+    answers = [person.scan(n).answer for n in (2, 3)]
     assert all(answer is not None and answer.any() for answer in answers)
     person.click("#input .scans button:first-child")
     first = read_volume(person.save("#save-answer"))
-    cut = person.page.session.scan(2).cut
+    cut = person.scan(2).cut
     np.testing.assert_array_equal(cut.cut(first.array), answers[0])
 
 
@@ -233,7 +249,7 @@ def test_stop_ends_an_answer_and_keeps_what_is_there(person, hearts, tmp_path):
     assert float(person.find("#progress").get_attribute("value")) > 0
     person.click("#stop")
     person.wait("Stopped", 15)
-    answer = person.page.session.scan(2).answer
+    answer = person.scan(2).answer
     assert answer[0].size and not answer[-1].any()
     assert person.save("#save-answer").stat().st_size > 0
 
@@ -252,6 +268,32 @@ def test_a_broken_file_is_said_in_place_and_the_page_goes_on(person, hearts, tmp
     person.wait("its image")
     person.drop("example", "label", hearts[0][1])
     person.wait("Drop one or several new scans")
+    person.drop("example", "label", hearts[1][1])  # wrong again: the one before stays
+    person.wait("its image")
+    person.drop("input", "scan", hearts[2][0])
+    person.wait("Press Answer")
+    person.click("#example .remove")
+    person.wait("Drop an example scan")
+
+
+@pytest.mark.slow
+def test_painting_does_not_move_to_other_slices(person, tmp_path):
+    import nibabel
+
+    cube = tmp_path / "cube.nii.gz"
+    values = np.random.default_rng(0).integers(0, 500, (40, 40, 40)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), cube)
+    person.drop("example", "scan", cube)
+    person.wait("paint a mask")
+    person.choose_tool("example", "brush")
+    person.drag("example", (0.3, 0.3), (0.6, 0.6))
+    person.wait("Drop one or several")
+    person.click("#assumed [name=modality] [value=ct]")
+    person.until(lambda: person.scan(1).stack.low_high == (-100, 200))
+    person.until(lambda: person.scan(1).painted)  # the same slices: it stays
+    person.click("#assumed [name=axis] option:nth-child(3)")
+    person.wait("is gone")
+    assert not person.scan(1).painted
 
 
 @pytest.mark.slow
@@ -263,13 +305,14 @@ def test_a_keyboard_alone_is_enough(person, hearts):
     before = person.find("#example .slice").get_attribute("value")
     canvas.send_keys(Keys.ARROW_UP)
     canvas.send_keys(Keys.PAGE_UP)
-    assert int(person.find("#example .slice").get_attribute("value")) == int(before) - 2
+    person.until(lambda: int(person.find("#example .slice").get_attribute("value"))
+                 == int(before) - 2)
     person.find("#example [name=tool-example][value=window]").send_keys(Keys.ARROW_RIGHT)
     assert person.find("#example [name=tool-example][value=brush]").is_selected()
     canvas.send_keys(Keys.ARROW_RIGHT * 30 + Keys.ARROW_DOWN * 20 + " ")
     person.wait("Press Answer")
     k = int(before) - 3
-    painted = person.page.session.scan(1).painted[k]
+    painted = person.scan(1).painted[k]
     assert painted[20, 30] == 1
     # Everything is reached with the Tab key.
     reached = set()
