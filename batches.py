@@ -4,7 +4,7 @@ The loader (data.py) reads slices as they are stored, and draws numbers with num
 makes pixels of them, in batched torch on the training device: as many kernels for a thousand
 samples as for one. Two words are used throughout:
 
-    view    an affine map (2, 3) from the model's square to a slice: a crop, a window, a close-up,
+    view    an affine map (2, 3) from the model's square to a slice: a crop, a window,
             zoomed, turned and mirrored. Both squares are [-1, 1], x before y
     look    what a scanner makes of an anatomy: contrast, texture, blur, bias field, noise. A region
             map (lab/synthetic.py) is rendered, a slice gets another contrast. A sample of masks has
@@ -75,7 +75,7 @@ def draw_moves(rng, S, colored, apart=1.0, near=False):
 
     Masks are zoomed, moved and turned besides: all alike, and each pair a little by itself.
     apart: factor of what differs from pair to pair; above 1 where a case prompts itself, which
-    would otherwise teach copying. near: the pairs are close-ups, and are zoomed out less.
+    would otherwise teach copying. near: what is seen fills the view, and is zoomed out less.
     """
     zoom, move, turn = np.ones(S), np.zeros((2, S)), np.full(S, rng.integers(4) * np.pi / 2)
     mirror = rng.choice([-1, 1])
@@ -464,7 +464,7 @@ def scan(images, n, bias, generator):
     images.hypot_(noise.roll(size // 2, -1).mul_(rician))           # as if drawn again
     low, high = F.avg_pool2d(images, 4).flatten(2).aminmax(dim=2)
     scaled = n["scaled"][:, None]
-    span = torch.lerp(torch.ones_like(low), high - low, scaled).clamp(min=1e-3)
+    span = (high - low).clamp(min=1e-3).pow(scaled)  # 1 where it is not scaled
     images.sub_((low * scaled)[..., None, None]).div_(span[..., None, None])
     return images.clamp_(0, 1)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from batches import (ALL, Slices, draw_crop, draw_image_task, draw_moves, draw_other_task,
+from batches import (Slices, draw_crop, draw_image_task, draw_moves, draw_other_task,
                      draw_rest, make_batch)
 from coloring import predefined_offsets
 from lab import synthetic
@@ -20,7 +20,6 @@ from objectives import draw_hidden, switch
 from scans import boxes, doctor
 from scans.datasets import DATASETS, SYNTHETIC
 from scans.volumes import DataError, command_line
-from second_look import close_ups
 from windows import draw_windows
 
 SYNTHETIC_EPOCH = 10_000  # samples that count as an epoch of the procedural tasks (ours)
@@ -182,7 +181,7 @@ class ContextSamples(Dataset):
 
     def read(self, name, chosen, colored, rng):
         """What is drawn for the chosen slices [(case, k)] of a dataset, and the slices."""
-        recipe, S, sample, near = self.recipe, len(chosen), {}, False
+        recipe, S, sample = self.recipe, len(chosen), {}
         pairs = [case.stored(k) for case, k in chosen]  # (image, label, valid), (H, W) each
         if self.fills_boxes(name):
             pairs = [(image, boxes.fill(case.index["boxes"], image.shape), valid)
@@ -192,15 +191,12 @@ class ContextSamples(Dataset):
         if colored and recipe.superpixels and rng.random() < recipe.superpixels:
             image, alone, changed = pairs[-1][0], True, True  # the slice prompts itself
             pairs = [(image, synthetic.superpixels(image, rng), None)] * S
-        if colored and recipe.close_up and rng.random() < recipe.close_up:
-            near, (views, only) = True, close_ups([label for _, label, _ in pairs], rng)
-            sample["allowed"] = (ALL > 0) & (ALL == only)
         if colored:
             views = [view @ draw_crop(self.image_size, rng) for view in views]
         else:
             pairs, views = draw_windows(pairs, self.image_size, rng)  # ours: at full resolution
         if changed:
-            views = views @ draw_moves(rng, S, colored, apart=4 if alone else 1, near=near)
+            views = views @ draw_moves(rng, S, colored, apart=4 if alone else 1)
         if changed and colored:
             sample |= draw_other_task(rng, S)
         return {"pairs": pairs, "views": np.stack(views), **sample}

@@ -160,7 +160,7 @@ def make_parser():
     add("--max_cases", type=int, help="at most so many cases a dataset")
     add("--prompts", type=int, default=1, help="training cases shown (paper: 1)")
     add("--prompt_draws", type=int, help="score under so many random prompts, and the most alike")
-    add("--looks", type=int, choices=(1, 2), help="2: again from near (default: as trained)")
+    add("--looks", type=int, choices=(1, 2), help="2: again from near (default: as --each)")
     add("--each", action=argparse.BooleanOptionalAction,
         help="ask for one class at a time (default: where training knew binary colors)")
     add("--votes", type=int, default=1, help="answers averaged, under other colors (paper: 1)")

@@ -231,7 +231,7 @@ def make_parser():
     add("--axis", default="auto", choices=("auto", *AXES),
         help="how volumes are sliced (auto: across the coarsest axis, as in training)")
     add("--looks", type=int, choices=(1, 2),
-        help="2: look again from near where a class was seen (default: where training did)")
+        help="2: look again from near where a class was seen (default: as --each)")
     add("--each", action=argparse.BooleanOptionalAction,
         help="ask for one class at a time (default: where training knew binary colors)")
     add("--votes", type=int, default=1, help="answers averaged, each under other colors")

@@ -32,7 +32,7 @@ class Options:
     mode: str = "auto"          # ar, canvas; auto: as trained, ar for masks and canvas for images
     votes: int = 1              # answers averaged, each under other colors
     each: bool | None = None    # one class at a time; None: where training knew binary colors
-    looks: int | None = None    # 2: again from near (second_look.py); None: where training did
+    looks: int | None = None    # 2: again from near (second_look.py); None: as `each`
     seed: int = 0               # of the votes
     dataset: str | None = None  # whose colors, for a model trained on predefined ones
     classes: tuple | None = None   # those asked for; None: what the prompt slices show
@@ -51,9 +51,9 @@ class Options:
         if mode == "auto":
             hybrid = "ar" if segmentation else "canvas"
             mode = {"ar": "ar", "mim": "canvas"}.get(meta.get("objective"), hybrid)
-        each = meta.get("coloring") == "binary" if self.each is None else self.each
-        looks = self.looks or (2 if meta.get("close_up") else 1)
-        return replace(self, mode=mode, each=each, looks=looks)
+        binary = meta.get("coloring") == "binary"
+        each = binary if self.each is None else self.each
+        return replace(self, mode=mode, each=each, looks=self.looks or (2 if binary else 1))
 
 
 # -------------------------------------------------------------------------------------------------

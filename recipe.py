@@ -48,7 +48,6 @@ class Recipe:
     beta: float = 0.01                 # authors: where smooth L1 turns from square to straight
     background_weight: float = 0.1     # authors: weight of the background of colored labels
     boxes: str = "lines"               # paper: boxes drawn on the image; filled: masks (ours)
-    close_up: float = 0.0              # ours: share of masks seen from near (second_look.py)
     augment: float = 0.0               # paper: none; share of samples made into other tasks
     superpixels: float = 0.0           # ours: share of masks that are regions of like gray
     # The data
@@ -109,7 +108,7 @@ CHOICES = {"model": (*SIZES, "unet"), "layout": tuple(LAYOUTS), "coloring": COLO
            "boxes": ("lines", "filled"),
            "optimizer": ("adamw", "muon"), "dataset_weights": ("equal", "size")}
 TINY, HUGE = 1e-12, 1e12
-RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment superpixels close_up",
+RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment superpixels",
            0, 1, "a share is from 0 to 1"),
           ("mask_ratio data_fraction layer_decay", TINY, 1, "above 0, at most 1"),
           ("drop_path average", 0, 0.99999, "a rate is from 0 to below 1"),
@@ -124,8 +123,7 @@ FLAGS = ("datasets model image_size layout init objective coloring mask_ratio nu
 # --finetune takes the first from its model, and the second unless something else is asked for.
 OF_THE_MODEL = "model image_size layout positions qk_norm gate drop_path init".split()
 OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss mask_loss beta "
-                 "background_weight boxes close_up augment superpixels optimizer "
-                 "average").split()
+                 "background_weight boxes augment superpixels optimizer average").split()
 
 
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,

@@ -1,14 +1,13 @@
-"""A second look from near (ours): a function around the plain prediction, and its part in training.
+"""A second look from near (ours): a function around the plain prediction.
 
 A small model sees few pixels of a small organ. So inference first looks at the whole slice. Where
 a class was seen it asks again, in a window around it, with the prompt cropped around its label.
-Training shows some samples as such windows (`close_up`). `--looks 1` leaves it out.
+Models that were trained with binary colors take two looks; `--looks 1` leaves the second one out.
 """
 
 import numpy as np
 import torch
 
-from batches import view_of
 from scans import boxes
 
 MARGIN = 1.5     # a window is so many times as large as the class
@@ -45,27 +44,6 @@ def window(centre, side, shape):
         start = int(np.clip(round(at * n - length / 2), 0, n - length))
         spans.append(slice(start, start + length))
     return tuple(spans)
-
-
-def close_ups(labels, rng):
-    """(views, class): a training sample seen from near, one class that its prompts show.
-
-    labels: of S slices, (H, W) each, the task's last. The windows have one size, 1.5 to 2.6 times
-    the largest extent of the class, at least a fifth of the picture. Class 0: the prompts are
-    empty, and all is seen.
-    """
-    shown = np.unique(np.concatenate([np.unique(label) for label in labels[:-1]]))
-    if not (shown > 0).any():
-        return [np.eye(3)] * len(labels), 0
-    asked = rng.choice(shown[shown > 0])
-    places = [extent(label == asked) for label in labels]
-    known = [place for place in places if place]
-    side = float(np.clip(max(p[1] for p in known) * rng.uniform(1.5, 2.6), 0.2, 1))
-    views = []
-    for place in places:
-        centre = np.add((place or known[0])[0], rng.normal(0, 0.08 * side, 2))
-        views.append(view_of(centre.clip(side / 2, 1 - side / 2), (side, side)))
-    return views, int(asked)
 
 
 def look_again(ask, prompts, image, gray, value, candidates=None):

@@ -107,7 +107,7 @@ class Run:
         drawn = [n for n in samples.names if n not in samples.excluded]
         model.meta = {
             "coloring": recipe.coloring, "objective": recipe.objective, "augment": recipe.augment,
-            "close_up": recipe.close_up, "boxes": recipe.boxes, "datasets": drawn,
+            "boxes": recipe.boxes, "datasets": drawn,
             "predefined": list(samples.predefined) if recipe.coloring == "predefined" else None}
         self.shown.meta = model.meta
         if self.args.resume:

@@ -17,7 +17,7 @@ $python -m torch.distributed.run --standalone --nproc_per_node="${PROCESSES:-2}"
     --store "$store" ${START:---finetune checkpoints/demo.pt} --minutes "${MINUTES:-34}" \
     --coloring binary --optimizer muon --lr 4e-4 --batch_size 16 --seg_share 0.6 --augment 0.8 \
     --synthetic_share 0.2 --set loss=smooth_l1 mask_loss=l2 background_weight=0.2 \
-    hide_label=0.8 close_up=0.35 boxes=filled superpixels=0.25 average=0.99 bf16=false \
+    hide_label=0.8 boxes=filled superpixels=0.25 average=0.99 bf16=false \
     --log_every 20 --save_every 100 --out "$out" "$@"
 $python - "$out" <<'END'
 import sys

@@ -305,7 +305,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", ("ar", "mim"))
 def test_a_batch_takes_at_most_120_kernels_whatever_it_holds(store, objective):
-    samples = context(store, 64, augment=0.7, close_up=0.4, synthetic_share=0.4, seg_share=0.5,
+    samples = context(store, 64, augment=0.7, synthetic_share=0.4, seg_share=0.5,
                       objective=objective)
     counts = []
     for count in (1, 8, 64):

@@ -34,7 +34,7 @@ def test_its_recipe_is_one_of_this_code():
     recipe, config = Recipe(**checkpoint["recipe"]), mvg.load(FILE).config
     for name in ("layout", "positions", "qk_norm", "gate", "drop_path", "image_size"):
         assert getattr(recipe, name) == getattr(config, name), name
-    for name in ("coloring", "objective", "boxes", "close_up"):
+    for name in ("coloring", "objective", "boxes"):
         assert getattr(recipe, name) == checkpoint["meta"][name], name
 
 

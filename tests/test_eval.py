@@ -239,7 +239,7 @@ def test_wrong_prompts(store, checkpoint, tmp_path, monkeypatch, capsys):
     assert "la: the score does not fall with a prompt that is wrong (other dataset)" in said
 
 
-@pytest.mark.parametrize("meta", ({"coloring": "random"}, {"coloring": "binary", "close_up": 0.3}))
+@pytest.mark.parametrize("meta", ({"coloring": "random"}, {"coloring": "binary"}))
 def test_what_is_seen_without_a_prompt_is_scored(store, meta, monkeypatch):
     """The empty prompt asks for every class all the same, by a model that sees them all the same.
 

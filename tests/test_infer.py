@@ -399,7 +399,7 @@ def test_boxes_of_files_come_back_in_the_units_of_the_input(echo, tmp_path, kind
 
 
 def test_a_second_look_is_left_out_of_boxes_too(echo, tmp_path, monkeypatch):
-    echo.meta = {"coloring": "binary", "boxes": "filled", "close_up": 0.3}
+    echo.meta = {"coloring": "binary", "boxes": "filled"}
     boxed_files(tmp_path, "png", KNOWN[:1])
     asked = watch(monkeypatch, echo)
     counts = []

@@ -332,14 +332,16 @@ def test_the_mask_of_each_class_is_asked_for_in_white_on_black(echo, monkeypatch
     for meta, each in (({}, True), ({"coloring": "binary"}, None), ({"coloring": "binary"}, True)):
         echo.meta = meta
         asked.clear()
-        assert np.array_equal(predict(echo, [(image, label)], image, each=each), label)
+        assert np.array_equal(predict(echo, [(image, label)], image, each=each, looks=1),
+                              label)
         assert len(asked) == 3
         for (_, shown), value in zip(asked, (3, 17, 1000)):
             assert np.array_equal(shown[0, 0, 0], label == value)
     for meta, each in (({}, None), ({"coloring": "binary"}, False), ({"coloring": "random"}, None)):
         echo.meta = meta
         asked.clear()
-        assert np.array_equal(predict(echo, [(image, label)], image, each=each), label)
+        assert np.array_equal(predict(echo, [(image, label)], image, each=each, looks=1),
+                              label)
         assert len(asked) == 1
 
 
@@ -361,7 +363,7 @@ def test_binary_coloring_averages_over_the_prompts_that_show_a_class(monkeypatch
     pairs = [(image, y) for y in (label[0], empty, label[1])]
     assert np.array_equal(predict(model, pairs[:1], image), label[0])
     assert np.array_equal(predict(model, pairs[:2], image), label[0])
-    options = Options().settled(model, True)
+    options = Options(looks=1).settled(model, True)
     asked.clear()
     half = class_scores(model, pairs, [5], image[None], options)
     assert len(asked) == 2 and half[0, 0, 50, 50] == 1
@@ -390,7 +392,7 @@ def test_a_second_look_from_near(echo, monkeypatch):
 
     On the prompt's side around the prompt's class.
     """
-    echo.meta = {"coloring": "binary", "close_up": 0.3}
+    echo.meta = {"coloring": "binary"}
     asked = watch(monkeypatch, echo)
     image, label = np.random.default_rng(0).random((128, 128)), three_classes()
     assert np.array_equal(predict(echo, [(image, label)], image), label)
@@ -415,12 +417,11 @@ def test_a_second_look_from_near(echo, monkeypatch):
 
 
 def test_a_second_look_of_a_model_of_random_colors(echo, checkpoint, monkeypatch):
-    """First all classes in colors, then one by one in white, where training knew close-ups."""
+    """First all classes in colors, then one by one in white."""
     asked = watch(monkeypatch, echo)
     image, label = np.random.default_rng(0).random((128, 128)), three_classes()
-    for meta, looks, count in (({}, 2, 3), ({"close_up": 0.3}, None, 3), ({}, None, 1),
-                               ({"close_up": 0.3}, 1, 1)):
-        echo.meta = {"coloring": "random", **meta}
+    for looks, count in ((2, 3), (None, 1), (1, 1)):
+        echo.meta = {"coloring": "random"}
         asked.clear()
         assert np.array_equal(predict(echo, [(image, label)], image, looks=looks), label)
         assert len(asked) == count
@@ -433,7 +434,7 @@ def test_a_second_look_of_a_model_of_random_colors(echo, checkpoint, monkeypatch
 
 
 def test_a_second_look_at_a_class_that_one_slice_lacks(echo):
-    echo.meta = {"coloring": "binary", "close_up": 0.3}
+    echo.meta = {"coloring": "binary"}
     stack, label = rand(3, 64, 64), np.zeros((3, 64, 64), int)
     label[:, 10:20, 10:20], label[1:, 40:50, 30:40] = 1, 2
     answer = predict(echo, [(stack, label)], stack)
@@ -477,7 +478,7 @@ def test_a_second_look_moves_what_the_first_one_saw(echo):
 def test_a_less_sure_second_look_lets_no_haze_through(echo, monkeypatch):
     """What the first look left below its threshold stays background, outside of the window, however
     faint the class is from near."""
-    echo.meta = {"coloring": "binary", "close_up": 0.3}
+    echo.meta = {"coloring": "binary"}
     label = np.zeros((64, 64), int)
     label[10:20, 10:20] = 5
     faint = iter((1.0, 0.4))
@@ -519,7 +520,7 @@ def test_parts_of_a_class_are_looked_at_one_by_one(echo, monkeypatch):
 
 def test_a_second_look_without_the_class_on_any_prompt(echo, monkeypatch):
     """eval.py's empty prompt: what a model sees all the same is not looked at again."""
-    echo.meta = {"coloring": "binary", "close_up": 0.3}
+    echo.meta = {"coloring": "binary"}
     seen = torch.zeros(1, 1, 64, 64)
     seen[..., 10:20, 10:20] = 1
     monkeypatch.setattr(echo, "predict", lambda cache, x: seen.expand_as(x).clone())

@@ -123,7 +123,7 @@ OTHER = {"model": "tiny", "image_size": "64", "layout": "sequence", "positions":
          "hide_label": "0.2", "num_prompts": "1-2", "coloring": "binary", "loss": "l1",
          "mask_loss": "l2", "beta": "0.02", "background_weight": "1",
          "boxes": "filled",
-         "close_up": "0.5", "augment": "0.5", "superpixels": "0.5", "datasets": "acdc",
+         "augment": "0.5", "superpixels": "0.5", "datasets": "acdc",
          "brats_pairs": "t1c:t2w",
          "data_fraction": "0.5", "cases": "5", "validate_cases": "1", "dataset_weights": "size",
          "synthetic_share": "0.1", "pool": "20", "strict": "true", "optimizer": "muon",

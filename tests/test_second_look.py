@@ -1,13 +1,11 @@
-"""Windows around what was found, by hand, and training samples seen from near."""
+"""Windows around what was found, by hand."""
 
 import numpy as np
 import pytest
 import torch
 
-import data
 import second_look
-from common import batch_of, context
-from second_look import close_ups, extent, window
+from second_look import extent, window
 
 
 def test_windows_by_hand():
@@ -20,46 +18,6 @@ def test_windows_by_hand():
     assert window((0.0, 1.0), 0.4, mask.shape) == (slice(0, 4), slice(12, 20))  # moved inside
     assert window((0.5, 0.5), 1.0, mask.shape) == (slice(0, 10), slice(0, 20))
     assert window((0.5, 0.5), 0.01, (3, 1)) == (slice(0, 2), slice(0, 1))
-
-
-def test_close_ups_show_one_class_of_the_prompt_from_near():
-    rng = np.random.default_rng(0)
-    labels = np.zeros((2, 60, 80), np.uint8)
-    labels[0, 10:16, 10:18], labels[1, 30:36, 50:58], labels[:, 40:42, 70:74] = 1, 1, 2
-    labels[1, 0, 0] = 3  # the prompt does not show it
-    seen = set()
-    for _ in range(50):
-        views, asked = close_ups(labels, rng)
-        seen.add(asked)
-        # of the picture: 8 of 80 pixels, 2 of 60 are less than 4 of 80
-        size = {1: 0.1, 2: 4 / 80}[asked]
-        for view, label in zip(views, labels):
-            side = view[0, 0]
-            assert max(0.2, 1.5 * size) <= side <= max(0.2, 2.6 * size) and view[1, 1] == side
-            assert abs(view[:2, 2]).max() <= 1 - side + 1e-9  # inside of the picture
-            rows, columns = np.nonzero(label == asked)
-            middle = np.array([(columns.mean() + 0.5) / 40 - 1, (rows.mean() + 0.5) / 30 - 1])
-            assert abs(middle - view[:2, 2]).max() < side  # the window holds the class
-    assert seen == {1, 2}
-    views, asked = close_ups(np.zeros((2, 60, 80), np.uint8), rng)
-    assert asked == 0 and all(np.array_equal(view, np.eye(3)) for view in views)
-
-
-def test_close_ups_are_drawn_as_often_as_asked_for(store, monkeypatch):
-    asked = []
-
-    def counted(*arguments):
-        asked.append(1)
-        return close_ups(*arguments)
-
-    monkeypatch.setattr(data, "close_ups", counted)
-    for share, low, high in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):
-        asked.clear()
-        samples = context(store, 32, seg_share=1.0, objective="ar", close_up=share)
-        batch = batch_of(samples, *((0, i) for i in range(200)))
-        assert low <= len(asked) <= high and batch.images.shape == (200, 2, 1, 32, 32)
-    assert ((batch.palette > 0).sum(1) <= 1).all()  # one class each
-    assert ((batch.palette > 0).sum(1) == 1).float().mean() > 0.9
 
 
 # -------------------------------------------------------------------------------------------------
