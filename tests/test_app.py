@@ -383,7 +383,7 @@ def test_names_of_any_script_and_large_classes_come_back(page, tmp_path):
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    name = "Größe 图像 x.png"
+    name = "Gr\u00f6\u00dfe \u56fe\u50cf x.png"
     image = tmp_path / name
     Image.fromarray(rng.integers(0, 255, (40, 50), np.uint8)).save(image)
     status, _ = page.request(f"upload/49/scan/{quote(name)}", image.read_bytes())

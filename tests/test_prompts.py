@@ -74,6 +74,7 @@ def test_the_spread_of_two_cases_under_three_prompts_by_hand():
     assert found["alike"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_draws_are_evaluations_of_their_own_seeds(store, checkpoint, tmp_path):
     argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--max_cases", "1",
             "--datasets", "la", "Dataset802_MsT1ToFlair", "--seed", "3"]
