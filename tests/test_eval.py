@@ -141,6 +141,7 @@ def test_boxes_of_a_case_are_scored_as_masks_or_as_they_are_drawn():
 # The command
 
 
+@pytest.mark.slow
 def test_results(store, checkpoint, tmp_path):
     argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--max_cases", "2"]
     evaluation.main([*argv, "--out", str(tmp_path / "a")])
@@ -219,6 +220,7 @@ class Truthful:
         return answer, np.ones(stack.shape)
 
 
+@pytest.mark.slow
 def test_wrong_prompts(store, checkpoint, tmp_path, monkeypatch, capsys):
     """A model that copies its prompt's label falls with every wrong prompt; one that does not look
     at it is called so."""
@@ -269,6 +271,7 @@ def test_options_of_inference_are_passed_on(store, checkpoint, tmp_path, monkeyp
     assert asked[0] == Options("canvas", 3, True, 2, 5, "la")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,steps", [
     ("la", 60), pytest.param("Dataset802_MsT1ToFlair", 60, marks=pytest.mark.slow)])
 def test_the_u_net_learns_and_is_scored_by_the_same_programs(store, tmp_path, name, steps):

@@ -848,6 +848,7 @@ def in_rank(rank, store_root, ranks, batch, folder):
     steps_of_gradients(store_root, rank, ranks, batch, folder)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradients_of_one_process(store, tmp_path):
     torch.multiprocessing.spawn(in_rank, (store.root, 2, 8, tmp_path), nprocs=2)
     threads = torch.get_num_threads()
@@ -860,6 +861,7 @@ def test_two_ranks_give_the_gradients_of_one_process(store, tmp_path):
     assert (one[0] - both[0][0]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_torchrun_and_python_are_the_same_code(store, tmp_path):
     """Two ranks of batch 1 log the losses of one process of batch 2."""
     common = [str(ROOT / "train.py"), "--store", str(store.root), *SMALL, "--steps", "4",
