@@ -761,6 +761,7 @@ $("#try").addEventListener("click", () => attempt(async () => {
   const files = {};
   for (const name of ["example_heart", "example_heart_gt", "new_heart"]) {
     const response = await fetch(`${name}.nii.gz`);
+    if (!response.ok) throw new Error(`app/${name}.nii.gz is missing: fetch the project anew.`);
     files[name] = new File([await response.blob()], `${name}.nii.gz`);
   }
   await addScans("example", [files.example_heart]);
