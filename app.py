@@ -23,6 +23,7 @@ import numpy as np
 import infer
 import mvg
 import report
+from lab import phantom
 from running.checkpoints import find_checkpoint, pick_device
 from running.local_server import LocalHandler, LocalServer
 from scans import volumes
@@ -180,6 +181,9 @@ class Handler(LocalHandler):
         self.reply_file(scan.case.output if what == "answer"
                         else pack_example(scan.write_painted(), scan.names))
 
+    def get_heart(self, name):
+        self.reply_file(phantom.two_hearts(self.server.session.uploads.folder / "hearts")[name])
+
     def post_upload(self, number, role, name):
         self.server.session.uploads.store(number, role, name, self.rfile, self.length())
         self.reply_json({})
@@ -199,10 +203,7 @@ class Handler(LocalHandler):
         self.reply_json(self.server.session.do(wanted) or {})
 
     def post_answer(self, number):
-        """The answer as it comes, a slice at a time: number, values (H, W), confidence (H, W).
-
-        They are an int32, float32 and uint8. The number -1 and a text: the model failed.
-        """
+        """Slices as they come: number int32, values float32, confidence uint8; -1: what failed."""
         session, scan = self.server.session, self.server.session.scan(number)
         with session.busy:
             if not scan.case:

@@ -757,15 +757,15 @@ document.addEventListener("dragover", event => event.preventDefault());
 document.addEventListener("drop", event => event.preventDefault());
 
 $("#try").addEventListener("click", () => attempt(async () => {
-  say("Fetching two invented hearts ...");
+  say("Drawing two invented hearts ...");
   const files = {};
-  for (const name of ["example_heart", "example_heart_gt", "new_heart"]) {
-    const response = await fetch(`${name}.nii.gz`);
-    if (!response.ok) throw new Error(`app/${name}.nii.gz is missing: fetch the project anew.`);
+  for (const name of ["heart", "heart_gt", "new_heart"]) {
+    const response = await fetch(`heart/${name}.nii.gz`);
+    if (!response.ok) throw new Error((await response.json()).error);
     files[name] = new File([await response.blob()], `${name}.nii.gz`);
   }
-  await addScans("example", [files.example_heart]);
-  await addLabel([files.example_heart_gt]);
+  await addScans("example", [files.heart]);
+  await addLabel([files.heart_gt]);
   await addScans("input", [files.new_heart]);
 }));
 

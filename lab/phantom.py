@@ -777,6 +777,16 @@ def write(out: Path | str, seed: int = 0, datasets: list[str] | None = None) -> 
         STAND_INS[name](Path(out), seed)
 
 
+def two_hearts(folder: Path) -> dict:
+    """{name: file} of two invented hearts, the first with its mask; drawn once into a folder."""
+    if not folder.exists():
+        write(folder, seed=1, datasets=["acdc"])
+    first, new = (folder / "ACDC" / "database" / "testing" / f"patient{n}" for n in (101, 104))
+    image = first / "patient101_frame01.nii.gz"
+    return {"heart.nii.gz": image, "heart_gt.nii.gz": first / "patient101_frame01_gt.nii.gz",
+            "new_heart.nii.gz": new / "patient104_frame01.nii.gz"}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=" ".join(__doc__.split("\n\n")[0].split()),
