@@ -21,23 +21,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25  # ours; one channel, so no statistics of ImageNet
-ROPE_BASE = 100.0  # ours; over a side of 28 tokens the slowest rotation turns by about 0.4 radians
+ROPE_SIDE = 12.0   # ours: positions run from 0 to this over a side, however many tokens it has,
+ROPE_BASE = 100.0  # so a trained model can go on at another size; the fastest turn is 12 radians
 
 
 # -------------------------------------------------------------------------------------------------
 # Rotary positions
 
-def rope(h, w, head_dim, trained_side, like):
+def rope(h, w, head_dim, like):
     """Axial rotary positions of h x w tokens: cosines and signed sines, 2 x (N, 1, head_dim).
 
-    Half of the frequencies turn by y, half by x. An image of another size is stretched onto the
-    trained side of `trained_side` tokens. They have the precision of attention on the device of
-    the tensor `like`.
+    Half of the frequencies turn by y, half by x. The same place has the same position at every
+    image size. They have the precision of attention on the device of the tensor `like`.
     """
     device, kind = like.device, like.device.type
     frequency = ROPE_BASE ** (-torch.arange(head_dim // 4, device=device) / (head_dim // 4))
-    y = (torch.arange(h, device=device) + 0.5) / h * trained_side
-    x = (torch.arange(w, device=device) + 0.5) / w * trained_side
+    y = (torch.arange(h, device=device) + 0.5) / h * ROPE_SIDE
+    x = (torch.arange(w, device=device) + 0.5) / w * ROPE_SIDE
     y, x = y[:, None] * frequency, x[:, None] * frequency  # (h, dh / 4), (w, dh / 4)
     angles = torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], -1).flatten(0, 1)
     cos, sin = angles.cos(), angles.sin()  # (N, dh / 2)
@@ -222,7 +222,7 @@ class ViT(nn.Module):
                              f"both sides must be multiples of the patch size {c.patch}")
         h, w, turn, keep = H // c.patch, W // c.patch, None, None
         if c.positions == "rope":
-            turn = rope(h, w, c.width // c.heads, self.side, images)
+            turn = rope(h, w, c.width // c.heads, images)
         if drop is not None and c.drop_path:
             rate = torch.linspace(0, c.drop_path, c.depth, device=drop.device)[:, None]
             keep = (drop >= rate) / (1 - rate)  # deeper blocks are dropped more often

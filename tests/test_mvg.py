@@ -45,9 +45,8 @@ def turn_naively(x, grid_side, head_dim):
     T, N, turns = x.shape[-2], grid_side ** 2, []
     frequencies = [vit.ROPE_BASE ** (-i / (head_dim // 4)) for i in range(head_dim // 4)]
     for t in range(T):
-        row, column = divmod(t % N, grid_side)
-        turns.append([(row + 0.5) * f for f in frequencies]
-                     + [(column + 0.5) * f for f in frequencies])
+        places = [(p + 0.5) * vit.ROPE_SIDE / grid_side for p in divmod(t % N, grid_side)]
+        turns.append([place * f for place in places for f in frequencies])
     turn = torch.polar(torch.ones(T, head_dim // 2), torch.tensor(turns))
     turned = torch.complex(*x.float().chunk(2, -1)) * turn
     return torch.view_as_real(turned).transpose(-1, -2).flatten(-2)

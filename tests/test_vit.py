@@ -27,9 +27,9 @@ def test_tokens_of_the_square_are_the_tokens_of_its_images():
     assert torch.allclose(model.patchify(elements), expected, atol=1e-6)
 
 
-def angles(h, w, head_dim, side):
+def angles(h, w, head_dim):
     """The angles that the tables of `vit.rope` turn by, (N, head_dim / 2)."""
-    cos, sin = vit.rope(h, w, head_dim, side, torch.zeros(1))
+    cos, sin = vit.rope(h, w, head_dim, torch.zeros(1))
     assert torch.equal(cos, cos.roll(head_dim // 2, -1))
     assert torch.equal(sin, -sin.roll(head_dim // 2, -1))
     return torch.atan2(sin, cos)[:, 0, head_dim // 2:]
@@ -37,9 +37,9 @@ def angles(h, w, head_dim, side):
 
 def test_rotary_positions_are_a_turn_that_only_differences_matter_to():
     """Written as complex numbers; q . k depends on the distance between two tokens alone."""
-    tables = vit.rope(6, 6, 8, 6, torch.zeros(1))
+    tables = vit.rope(6, 6, 8, torch.zeros(1))
     x = torch.randn(36, 3, 8)  # of three heads
-    turns = torch.polar(torch.ones(36, 4), angles(6, 6, 8, 6))
+    turns = torch.polar(torch.ones(36, 4), angles(6, 6, 8))
     turned = torch.complex(*x.chunk(2, -1)) * turns[:, None]
     expected = torch.view_as_real(turned).transpose(-1, -2).flatten(-2)
     assert torch.allclose(vit.rotate(x, *tables), expected, atol=1e-5)
@@ -49,9 +49,10 @@ def test_rotary_positions_are_a_turn_that_only_differences_matter_to():
     assert not torch.allclose(product[0, 0, 0, 1], product[0, 0, 1, 0], atol=1e-3)
 
 
-def test_a_larger_image_is_stretched_onto_the_trained_side():
+def test_the_same_place_has_the_same_position_at_every_size(monkeypatch):
     """The middle of two tokens of the finer grid is a token of the coarser one."""
-    fine, coarse = angles(6, 6, 8, 3), angles(3, 3, 8, 3)  # below pi, where angles are unique
+    monkeypatch.setattr(vit, "ROPE_SIDE", 3.0)  # below pi, where angles are unique
+    fine, coarse = angles(6, 6, 8), angles(3, 3, 8)
     fine = fine.view(3, 2, 3, 2, 4).mean((1, 3))
     assert torch.allclose(fine.flatten(0, 1), coarse, atol=1e-6)
 
