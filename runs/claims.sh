@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # The paper's ablations at a scale that a CPU can run: every run of docs/claims.md, one by one.
-#   bash runs/claims.sh REAL [NAME ...]     NAME: only these runs
-# REAL is a data root with ACDC, LA, MSD Hippocampus, a nerve ultrasound set and T1 to FLAIR.
-# Hours: 5 in all, ten minutes a run on one thread of an AMD EPYC (bfloat16), 2026-11-24 and 25.
-# Expected: mean mIoU 0.286 of `unified`, 0.318 of `binary`, the others in docs/claims.md. These are
-# of the code up to commit 8c6dec6; not run since then.
-# What is finished (docs/claims/NAME.json) is skipped, what was stopped goes on.
+#   bash runs/claims.sh REAL STEPS [NAME ...]     NAME: only these runs
+# REAL: a data root with ACDC, LA, MSD Hippocampus, a nerve ultrasound set and T1 to FLAIR.
+# STEPS: the budget of every run, in steps of 32 samples; docs/claims.md has 400.
+# Isolated runs and U-Nets take an eighth of it, unless their name says otherwise.
+# What is finished (docs/claims/NAME.json with this budget) is skipped, what was stopped goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 real=$1
-shift
+steps=$2
+shift 2
 only=" $* "
 python=${PYTHON:-.venv/bin/python}
-steps=${STEPS:-400}
-small="--model demo --image_size 64 --optimizer muon --lr 2e-3 --set bf16=true --batch_size 32
+small="--model demo --image_size 64 --optimizer muon --lr 2e-3 --set bf16=false --batch_size 32
     --log_every 50 --save_every 100"
 unet="--model unet --optimizer adamw --lr 1e-3"
 segmentation="acdc la msd_hippocampus Dataset801_NerveUltrasound"
@@ -23,54 +22,61 @@ drawn=runs/claims/stand_ins
 [ -d $drawn ] || $python -m lab.phantom --out $drawn --datasets $images
 
 claim() { # name, data root, datasets, flags of train.py
-    local name=$1 data=$2 datasets=$3 out=runs/claims/$1
+    local name=$1 data=$2 datasets=$3 out=runs/claims/$steps/$1
     shift 3
     [ "$only" = "  " ] || [[ "$only" == *" $name "* ]] || return 0
-    [ ! -f "docs/claims/$name.json" ] || return 0
+    ! grep -qs "\"budget\": $steps," "docs/claims/$name.json" || return 0
     if [ -f "$out/last.pt" ]; then
         $python train.py --resume "$out/last.pt"
     else
         $python train.py --data_root "$data" --datasets $datasets $small --out "$out" "$@"
     fi
     $python eval.py --data_root "$data" --datasets $datasets --checkpoint "$out/last.pt" \
-        --prompts "${prompts:-1}"
+        --prompts "${prompts:-1}" --looks 1
     keep "$out" "docs/claims/$name.json"
 }
 
 keep() { # run folder, file: what is worth keeping are scores, settings and losses
-    $python - "$@" <<'END'
-import json, sys
-run, to = sys.argv[1:]
+    $python - "$@" "$steps" <<'END'
+import datetime, json, platform, re, subprocess, sys
+run, to, budget = sys.argv[1:]
 result = json.load(open(run + "/eval/results.json"))
 for scores in result["datasets"].values():
     del scores["ranked"]
 for name in ("checkpoint", "store", "modified"):
     result.pop(name, None)
-result["log"] = [json.loads(line) for line in open(run + "/log.jsonl")]
+cpu = re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())
+commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+result |= {"command": "bash runs/claims.sh REAL " + budget, "budget": int(budget),
+           "date": str(datetime.date.today()), "code": commit.stdout.strip() or "no git",
+           "hardware": cpu[1] if cpu else platform.processor() or platform.machine(),
+           "log": [json.loads(line) for line in open(run + "/log.jsonl")]}
 json.dump(result, open(to, "w"))
 END
 }
 
 claim unified "$real" "$five" --steps $steps
-for set in $segmentation; do # an eighth of the unified run's samples are of each
-    claim "isolated-$set" "$real" $set --steps $((steps / 8))
-    claim "unet-$set" "$real" $set --steps $((steps / 8)) $unet
-    claim "unet-long-$set" "$real" $set --steps $steps $unet # eight times as many
-done
 claim predefined "$real" "$five" --steps $steps --coloring predefined
 claim binary "$real" "$five" --steps $steps --coloring binary
 claim ar "$real" "$segmentation" --steps $steps --objective ar
 claim mim75 "$real" "$segmentation" --steps $steps --objective mim
-claim mim50 "$real" "$segmentation" --steps $steps --objective mim --mask_ratio 0.5
-claim images-mim $drawn "$images" --steps $steps --objective mim
-claim images-ar $drawn "$images" --steps $steps --objective ar
-claim data1 "$real" "$five" --steps $steps --data_fraction 0.01
-claim data10 "$real" "$five" --steps $steps --data_fraction 0.1
-claim data50 "$real" "$five" --steps $steps --data_fraction 0.5
+for set in $segmentation; do # an eighth of the unified run's samples are of each
+    claim "isolated-$set" "$real" $set --steps $((steps / 8))
+    claim "unet-$set" "$real" $set --steps $((steps / 8)) $unet
+done
 claim sequence "$real" "$five" --steps $steps --layout sequence
-prompts=2 claim prompts2 "$real" "$five" --steps $steps --num_prompts 2
-prompts=4 claim prompts4 "$real" "$five" --steps $steps --num_prompts 4
-for seed in 1 2; do
+for seed in 1 2; do # random against predefined is the closest of all
     claim "unified-seed$seed" "$real" "$five" --steps $steps --seed $seed
     claim "predefined-seed$seed" "$real" "$five" --steps $steps --seed $seed --coloring predefined
 done
+claim data10 "$real" "$five" --steps $steps --data_fraction 0.1
+claim data50 "$real" "$five" --steps $steps --data_fraction 0.5
+claim images-mim $drawn "$images" --steps $steps --objective mim
+claim images-ar $drawn "$images" --steps $steps --objective ar
+for set in $segmentation; do # eight times as many
+    claim "unet-long-$set" "$real" $set --steps $steps $unet
+done
+claim data1 "$real" "$five" --steps $steps --data_fraction 0.01
+claim mim50 "$real" "$segmentation" --steps $steps --objective mim --mask_ratio 0.5
+prompts=2 claim prompts2 "$real" "$five" --steps $steps --num_prompts 2
+prompts=4 claim prompts4 "$real" "$five" --steps $steps --num_prompts 4
