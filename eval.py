@@ -23,12 +23,13 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
+import figures
 import report
 from baselines import copied, filtered, wrong_prompts
 from data import matching_slice, prompt_cases
 from lab import unet
-from metrics import (KINDS, WRONG, box_scores, false_alarms, image_scores, known_mean, overlap,
-                     tabulate)
+from metrics import (KINDS, WRONG, box_scores, change_scores, false_alarms, image_scores,
+                     known_mean, overlap, tabulate)
 from predict import Options, answer_stack
 from prompts import choose_prompts, score_draws
 from running.checkpoints import find_checkpoint, load_checkpoint, pick_device
@@ -104,7 +105,7 @@ def answer_case(model, case, training, dataset, settings, others=()):
 def score(name, answer, dataset):
     """The scores of one of an `Answer`'s answers.
 
-    {class name: (IoU, Dice)}, or {"image": (MAE, PSNR, SSIM)}, for detection also {"boxes":
+    {class name: (IoU, Dice)}, or {"image": those of METRICS}, for detection also {"boxes":
     (IoU, hit rate, false boxes)}.
     """
     prediction = answer.answers[name]
@@ -114,7 +115,8 @@ def score(name, answer, dataset):
         found = overlap(prediction, answer.truth, range(1, len(dataset.labels) + 1))
         return {dataset.labels[c - 1]: s for c, s in found.items()}
     valid = [None] * len(prediction) if answer.valid is None else answer.valid
-    each = [image_scores(*slices) for slices in zip(prediction, answer.truth, valid)]
+    each = [image_scores(p, t, v) + change_scores(p, t, i)
+            for p, t, v, i in zip(prediction, answer.truth, valid, answer.images)]
     scores = {"image": tuple(known_mean(values) for values in zip(*each))}
     if dataset.task == "detection":  # a case is one picture
         as_masks = name == "prediction" and answer.found is not None
@@ -158,7 +160,8 @@ def make_parser():
     add("--slices", default="foreground", choices=("foreground", "all"),
         help="foreground: slices whose truth has some (paper silent)")
     add("--max_cases", type=int, help="at most so many cases a dataset")
-    add("--prompts", type=int, default=1, help="training cases shown (paper: 1)")
+    add("--prompts", type=int, nargs="+", default=[1],
+        help="training cases shown (paper: 1); several numbers with --prompt_draws")
     add("--prompt_draws", type=int, help="score under so many random prompts, and the most alike")
     add("--looks", type=int, choices=(1, 2), help="2: again from near (default: as --each)")
     add("--each", action=argparse.BooleanOptionalAction,
@@ -182,10 +185,14 @@ def main(argv=None):
     for name, least in (("votes", 1), ("max_cases", 1), ("prompts", 1), ("seed", 0),
                         ("prompt_draws", 1)):
         value = getattr(args, name)
+        value = min(value) if isinstance(value, list) else value
         if value is not None and value < least:
             raise DataError(f"--{name} is {value}: it must be at least {least}")
     if args.prompt_draws:
         return score_draws(args, Evaluation)
+    if len(args.prompts) > 1:
+        raise DataError("--prompts takes several numbers with --prompt_draws alone")
+    args.prompts = args.prompts[0]
     evaluation = Evaluation(args)
     evaluation.score_cases()
     return evaluation.write_results() if evaluation.rank == 0 else None
@@ -319,8 +326,8 @@ class Evaluation:
                 print(f"{name}: the score does not fall with a prompt that is wrong "
                       f"({WRONG[kind]}): the model ignores its prompt, "
                       "or has nothing to lose")
-        report.draw_scores(out / "scores.png", results)
-        report.draw_examples(out, results, self.answer, datasets)
+        figures.draw_scores(out / "scores.png", results, report.papers_scores())
+        figures.draw_examples(out, results, self.answer, datasets)
         written = "results.json cases.csv tables.md scores.png examples.png".split()
         bad = sum(r["failed"] for r in results.values())
         print(f"wrote {', '.join(str(out / name) for name in written)}"

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import mvg
+import figures
 import report
 from data import matching_slice
 from predict import Options, detection_masks, predict, predict_boxes, predict_stack
@@ -204,7 +205,7 @@ class Case:
             restored = np.ascontiguousarray(self.cut.restore(confidence))
             write_like(self.beside("_confidence" + ending), restored, self.source)
         if self.args.overlay:
-            report.draw_overlay(self.beside("_overlay.png"), self.stack, answer, self.segmentation)
+            figures.draw_overlay(self.beside("_overlay.png"), self.stack, answer, self.segmentation)
         write_like(self.output, np.ascontiguousarray(self.cut.restore(answer)), self.source)
         if self.args.report:
             write_json(self.beside(".json"), report.describe_answer(self, answer))

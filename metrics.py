@@ -4,7 +4,8 @@
                   classes of a case, then over cases; a class absent from truth and prediction is
                   skipped
     image tasks   MAE, PSNR, SSIM of a slice on [0, 1], averaged over slices, then over cases;
-                  where the truth is known in part only (inpainting), there
+                  where the truth is known in part only (inpainting), there; ours: PSNR inside of
+                  what changes, where the truth is not the input, and outside of it
     detection     IoU of every true box with the best one that was read
 
 Intervals are bootstrapped over patients.
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 
 MAX_PSNR = 100.0  # dB, stands for infinity where two slices are equal, so that means stay numbers
 METRICS = {"segmentation": ("mIoU", "Dice"), "detection": ("box_IoU", "hit_rate", "false_boxes"),
-           "image": ("MAE", "PSNR", "SSIM")}
+           "image": ("MAE", "PSNR", "SSIM", "PSNR_inside", "PSNR_outside")}
+CHANGE = 0.02     # a pixel changes where truth and input are farther apart
+MAIN = ("mIoU", "box_IoU", "PSNR")  # what a dataset is known by, the first it has
 WRONG = {"other_class": "other class", "other_dataset": "other dataset", "empty": "empty"}
 # The answers of a case that are scored. "with it": the prediction, on slices that show something.
 KINDS = ("prediction", "with it", "copy", "filter", *WRONG)
@@ -81,9 +84,22 @@ def image_scores(prediction, truth, valid=None):
         difference = difference[valid]
     if difference.size == 0:
         return (float("nan"),) * 3
-    mse = (difference ** 2).mean()
-    psnr = min(MAX_PSNR, -10 * np.log10(mse)) if mse > 0 else MAX_PSNR
-    return float(np.abs(difference).mean()), float(psnr), ssim(prediction, truth, valid)
+    return float(np.abs(difference).mean()), psnr(difference), ssim(prediction, truth, valid)
+
+
+def psnr(difference):
+    """The peak signal-to-noise ratio of differences on [0, 1], in dB; nan where there are none."""
+    if difference.size == 0:
+        return float("nan")
+    mse = (difference.astype(np.float64) ** 2).mean()
+    return float(min(MAX_PSNR, -10 * np.log10(mse))) if mse > 0 else MAX_PSNR
+
+
+def change_scores(prediction, truth, image):
+    """PSNR in dB inside and outside of what changes from the image (H, W) to the truth (H, W)."""
+    changes = np.abs(truth - image) > CHANGE
+    difference = prediction - truth
+    return psnr(difference[changes]), psnr(difference[~changes])
 
 
 def box_iou(a, b):
@@ -126,6 +142,13 @@ def main_metric(dataset):
     """The metric by which cases are ranked; larger is better."""
     names = {"segmentation": "mIoU", "detection": "box_IoU"}
     return names.get(dataset.task, "PSNR")
+
+
+def main_metrics(found):
+    """{dataset: the metric that it is known by}, of all columns."""
+    names = dict.fromkeys(d for results in found.values() for d in results)
+    return {d: next(m for m in MAIN if any(m in r.get(d, {}) for r in found.values()))
+            for d in names}
 
 
 def summary(scores, patients, dataset):

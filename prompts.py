@@ -1,10 +1,11 @@
 """Section 4.2: which training case is shown as the prompt, and how much that matters.
 
 The paper shows a random case of another patient. `eval.py --prompt_draws K` scores every case under
-K such prompts, and under the one that looks most like the input (ours). Each is an evaluation of
-its own, which can be resumed. Then it says how far the scores lie apart:
+K such prompts, and under the one that looks most like the input (ours); with several numbers for
+--prompts once for each of them. Every draw is an evaluation of its own, which can be resumed. Then
+it says how far the scores lie apart:
 
-    python eval.py --data_root DIR --prompt_draws 5 --out draws
+    python eval.py --data_root DIR --prompt_draws 5 --prompts 1 2 4 8 --out draws
 """
 
 from argparse import Namespace
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import figures
 import report
 from data import evaluation_prompt, matching_slice, prompt_cases
-from metrics import case_values, interval, known_mean, main_metric
+from metrics import METRICS, case_values, interval, known_mean, main_metric
 from running.checkpoints import find_checkpoint
 from scans.volumes import resize_images, write_json
 
@@ -69,61 +71,76 @@ def score_draws(args, evaluation):
     args: of eval.py; evaluation: its class `Evaluation`. Into --out go prompts.json, prompts.md,
     prompts.png, and an evaluation's files for every draw.
     """
-    runs = {f"draw {d}": {"seed": args.seed + d} for d in range(args.prompt_draws)}
-    runs["alike"] = {"alike": True}
+    runs = {(count, d): {"prompts": count, "seed": args.seed + d}
+            for count in args.prompts for d in range(args.prompt_draws)}
+    runs[args.prompts[0], "alike"] = {"prompts": args.prompts[0], "alike": True}
     out = Path(args.out or Path(args.checkpoint or find_checkpoint()).parent / "eval")
     lines = {}
-    for name, changes in runs.items():
-        changes["out"] = str(out / name.replace(" ", "-"))
+    for (count, draw), changes in runs.items():
+        changes["out"] = str(out / f"{count}-prompts-{draw}")
         run = evaluation(Namespace(**{**vars(args), **changes}))
         run.score_cases()
         ledger = run.read_ledger()
-        lines[name] = [ledger[key] for key in run.todo]
+        lines[count, draw] = [ledger[key] for key in run.todo]
     if run.rank > 0:
         return None
-    results = {name: spread(lines, dataset) for name, dataset in run.store.datasets.items()
-               if any(line["dataset"] == name for line in lines["alike"])}
+    drawn = {str(count): {d: of for (n, d), of in lines.items() if n == count}
+             for count in args.prompts}
+    results = {name: {count: spread(runs, dataset) for count, runs in drawn.items()}
+               for name, dataset in run.store.datasets.items()
+               if any(name == key[0] for key in run.todo)}
     table = spread_table(results)
     print(table)
     (out / "prompts.md").write_text(table + "\n")
-    write_json(out / "prompts.json", {"datasets": results, **run.about, "draws": args.prompt_draws})
-    report.draw_prompts(out / "prompts.png", results)
+    about = {**run.about, "prompts": args.prompts, "draws": args.prompt_draws}
+    write_json(out / "prompts.json", {"datasets": results, **about, "split": args.split})
+    figures.draw_prompts(out / "prompts.png", results)
     return results
 
 
 def spread(lines, dataset):
-    """What the draws of one dataset come to, in its main metric.
+    """What the draws of one dataset come to, {metric: numbers}: the main one, and Dice.
 
-    lines: {"draw 0": the ledger's lines, ..., "alike": those}. "mean" over draws and cases, with
-    its interval over patients; "sd" of a case over its prompts, "best" and "worst" of a case, each
-    averaged over cases; "draws": the mean of every draw; "alike": of the prompt that looks alike.
+    lines: {0: the ledger's lines of a draw, 1: ..., "alike": those}. "mean" over draws and cases,
+    with its "interval" over patients; "sd" of a case over its prompts, "best" and "worst" of a
+    case, each averaged over cases; "draws": the mean of every draw; "alike": of the prompt that
+    looks alike, None where none was tried. Only cases with a score in every draw count.
     """
-    metric = main_metric(dataset)
-    values, patients = {}, {}
-    for name, run in lines.items():
-        for line in run:
-            if line["dataset"] == dataset.name:
-                scores = case_values(line.get("scores", {}).get("prediction"), dataset)
-                values.setdefault(line["case"], {})[name] = scores.get(metric, float("nan"))
-                patients[line["case"]] = line.get("patient")
-    drawn = np.array([[v for name, v in case.items() if name != "alike"]
-                      for case in values.values()])  # (cases, draws)
-    whole = ~np.isnan(drawn).any(1)
-    drawn, alike = drawn[whole], np.array([case["alike"] for case in values.values()])[whole]
-    owners = [p for p, kept in zip(patients.values(), whole) if kept]
-    if not len(drawn):
-        return {"metric": metric, "cases": 0}
+    metrics = METRICS["segmentation"] if dataset.task == "segmentation" else [main_metric(dataset)]
+    result = {}
+    for metric in metrics:
+        values, patients = {}, {}
+        for draw, run in lines.items():
+            for line in run:
+                if line["dataset"] == dataset.name:
+                    scores = case_values(line.get("scores", {}).get("prediction"), dataset)
+                    values.setdefault(line["case"], {})[draw] = scores.get(metric, float("nan"))
+                    patients[line["case"]] = line.get("patient")
+        result[metric] = spread_of(values, patients)
+    return result
+
+
+def spread_of(values, patients):
+    """values: {case: {draw: score}}; patients: {case: whose it is}. See `spread`."""
+    values = {case: v for case, v in values.items() if not np.isnan(list(v.values())).any()}
+    if not values:
+        return {"cases": 0}
+    drawn = np.array([[v[d] for d in v if d != "alike"] for v in values.values()])  # (cases, draws)
+    alike = [v["alike"] for v in values.values() if "alike" in v]
     deviations = drawn.std(1, ddof=1) if drawn.shape[1] > 1 else np.zeros(len(drawn))
-    return {"metric": metric, "cases": len(drawn), "mean": drawn.mean(),
-            "interval": interval(drawn.mean(1), owners), "sd": deviations.mean(),
+    return {"cases": len(drawn), "mean": drawn.mean(), "sd": deviations.mean(),
+            "interval": interval(drawn.mean(1), [patients[case] for case in values]),
             "best": drawn.max(1).mean(), "worst": drawn.min(1).mean(),
-            "draws": drawn.mean(0).tolist(), "alike": known_mean(alike)}
+            "draws": drawn.mean(0).tolist(), "alike": known_mean(alike) if alike else None}
 
 
 def spread_table(results):
-    head = ["dataset", "metric", "cases", "mean over prompts", "sd over prompts", "worst prompt",
-            "best prompt", "prompt that looks alike"]
+    """A row a dataset, number of prompts and metric."""
+    head = ["dataset", "prompts", "metric", "cases", "mean over prompts", "sd over prompts",
+            "worst prompt", "best prompt", "prompt that looks alike"]
     names = ("mean", "sd", "worst", "best", "alike")
-    return report.markdown(head, [[name, r["metric"], r["cases"],
-                                   *(f"{r[n]:.3f}" if n in r else "" for n in names)]
-                                  for name, r in results.items()])
+    return report.markdown(head, [
+        [name, count, metric, r["cases"],
+         *("" if r.get(n) is None else f"{r[n]:.3f}" for n in names)]
+        for name, by in results.items() for count, each in by.items()
+        for metric, r in each.items()])

@@ -1,28 +1,22 @@
-"""What is read and looked at: the paper's tables, finished runs side by side, and every figure.
+"""What is read: the paper's tables, and finished runs side by side. figures.py draws.
 
     python eval.py --compare unified=runs/a isolated=runs/b,runs/c --out compared
 
-Functions get results as dictionaries, arrays or files, and write Markdown, CSV or PNG.
+Functions get results as dictionaries or files, and write Markdown or CSV.
 """
 
 import csv
-import json
 import platform
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from coloring import color, spread_colors
-from metrics import METRICS, WRONG
+from figures import draw_data
+from metrics import MAIN, METRICS, WRONG, main_metrics
 from scans.datasets import DATASETS
-from scans.store import prepare_case
-from scans.volumes import DataError, read_json, to_unit
-
-MAIN = ("mIoU", "box_IoU", "PSNR")  # what a dataset is known by, the first it has
+from scans.volumes import DataError, read_json
 
 # The paper's Tables 2 (mIoU) and 3 (MAE, PSNR, SSIM each). *: with 64 examples.
 TABLE_2 = ("amos_ct", "word", "btcv", "amos_mri", "microsegnet", "promise12", "chest_xray", "acdc",
@@ -84,7 +78,7 @@ def score_table(results):
     head = ["dataset", "task", "cases / patients", "score", "prompted", "copied"]
     rows = []
     for name, r in results.items():
-        for metric in ("mIoU", "Dice", "box_IoU", "PSNR", "SSIM"):
+        for metric in ("mIoU", "Dice", "box_IoU", "PSNR", "SSIM", "PSNR_inside", "PSNR_outside"):
             if metric in r:
                 scores = [cell(r, metric), cell(r.get("copy"), metric)]
                 scores += [cell(r.get(k), metric) for k in others]
@@ -108,12 +102,18 @@ def paper_tables(results, name):
 
     titles = [DATASETS[n].title for n in TABLE_2]
     two = markdown(["", *titles], rows(PAPER_2, [number(n, "mIoU", ".2f") for n in TABLE_2]))
-    image = METRICS["image"]
+    image = METRICS["image"][:3]
     head = [f"{task} {m}" for task in ("synthesis", "inpainting", "denoising") for m in image]
     ours = [number(n, m, ".3f") for n in TABLE_3 for m in image]
     three = markdown(["", *head], rows(PAPER_3, ours))
     return ("Table 2, mIoU (the paper's rows are the paper's; *: 64 examples)\n\n" + two
             + f"\n\nTable 3 ({', '.join(DATASETS[n].title for n in TABLE_3)})\n\n" + three)
+
+
+def papers_scores():
+    """{dataset: the paper's MVG}: mIoU of Table 2, PSNR of Table 3."""
+    scores = dict(zip(TABLE_2, map(float, PAPER_2["MVG"].split())))
+    return scores | dict(zip(TABLE_3, map(float, PAPER_3["MVG"].split()[1::3])))
 
 
 def write_csv(path, lines):
@@ -168,20 +168,14 @@ def read_runs(columns):
     return found, recipes
 
 
-def main_metrics(found):
-    """{dataset: the metric that it is known by}, of all columns."""
-    names = dict.fromkeys(d for results in found.values() for d in results)
-    return {d: next(m for m in MAIN if any(m in r.get(d, {}) for r in found.values()))
-            for d in names}
-
-
 def compared_scores(found):
     """Rows: a dataset's main score in every column, then the means over what all columns have."""
     metric, rows = main_metrics(found), []
     for d, m in metric.items():
-        rows.append([d, m, *(cell(results.get(d), m) for results in found.values())])
-    for m in MAIN:
-        shared = [d for d in metric if metric[d] == m
+        for name in ("mIoU", "Dice") if m == "mIoU" else (m,):
+            rows.append([d, name, *(cell(results.get(d), name) for results in found.values())])
+    for m in (*MAIN, "Dice"):
+        shared = [d for d in metric if metric[d] == ("mIoU" if m == "Dice" else m)
                   and all(r.get(d, {}).get(m) is not None for r in found.values())]
         if shared:
             means = [np.mean([r[d][m] for d in shared]) for r in found.values()]
@@ -246,312 +240,3 @@ def describe_answer(case, answer):
         "checkpoint": str(case.args.checkpoint), "seconds": round(time.time() - case.begun, 2),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__}}
-
-
-# -------------------------------------------------------------------------------------------------
-# Figures
-
-def pyplot():
-    """matplotlib.pyplot, without a display unless it was imported before, as in a notebook.
-
-    Raises ImportError where matplotlib is missing.
-    """
-    import matplotlib
-    if "matplotlib.pyplot" not in sys.modules:
-        matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def finish(figure, path, dpi=110, **layout):
-    """Write a figure and forget it."""
-    figure.tight_layout(**layout)
-    figure.savefig(path, dpi=dpi)
-    pyplot().close(figure)
-
-
-def show_classes(axis, label, classes, alpha=0.6):
-    """Lay the classes (H, W), 1 to `classes`, over what an axis shows."""
-    colors, most = ("tab20", 20) if classes > 10 else ("tab10", 10)
-    axis.imshow(np.ma.masked_equal(label, 0), cmap=colors, alpha=alpha, vmin=1, vmax=most,
-                interpolation="nearest")
-
-
-def draw_data(path, shares, found):
-    """Score against the share of the training data, a line a dataset (the paper's Figure 7)."""
-    figure, axis = pyplot().subplots(figsize=(7, 4.5))
-    columns = sorted(zip(shares, found.values()), key=lambda c: c[0])
-    for d, metric in main_metrics(found).items():
-        points = [(100 * share, results.get(d, {}).get("mIoU")) for share, results in columns]
-        points = [p for p in points if p[1] is not None]
-        if metric == "mIoU" and points:
-            axis.plot(*zip(*points), ".-", label=d)
-    axis.set(xscale="log", xlabel="share of the training data, %", ylabel="mIoU", ylim=(0, 1))
-    axis.legend(fontsize=7)
-    finish(figure, path)
-
-
-def papers_scores():
-    """{dataset: the paper's MVG}: mIoU of Table 2, PSNR of Table 3."""
-    scores = dict(zip(TABLE_2, map(float, PAPER_2["MVG"].split())))
-    return scores | dict(zip(TABLE_3, map(float, PAPER_3["MVG"].split()[1::3])))
-
-
-def draw_scores(path, results):
-    """Every dataset's main score with its interval, beside copying and the paper's MVG.
-
-    One panel a metric (the paper's Figure 2 as bars).
-    """
-    groups = {}
-    for name, r in results.items():
-        metric = next((m for m in MAIN if r.get(m) is not None), None)
-        if metric:
-            groups.setdefault(metric, []).append(name)
-    if not groups:
-        return
-    height = 1.5 + 0.35 * max(map(len, groups.values()))
-    figure, axes = pyplot().subplots(1, len(groups), figsize=(5 * len(groups), height),
-                                     squeeze=False)
-    for axis, (metric, names) in zip(axes[0], groups.items()):
-        draw_bars(axis, metric, names, results)
-    finish(figure, path)
-
-
-def draw_bars(axis, metric, names, results):
-    places, values = range(len(names)), [results[n][metric] for n in names]
-    spans = [results[n]["interval"][metric] or (v, v) for n, v in zip(names, values)]
-    axis.barh(places, values, 0.6, color="#0072b2", label="prompted")
-    for at, span in zip(places, spans):
-        axis.plot(span, (at, at), color="black", linewidth=1)
-    copied = [results[n]["copy"][metric] for n in names]
-    axis.plot(copied, places, "o", color="#e69f00", label="copied")
-    paper = papers_scores()
-    known = [(paper[n], at) for at, n in enumerate(names) if n in paper]
-    if known:
-        axis.plot(*zip(*known), "D", color="#cc79a7", label="paper's MVG")
-    axis.set_yticks(places, names)
-    axis.invert_yaxis()
-    axis.set_xlabel("PSNR in dB" if metric == "PSNR" else metric.replace("_", " "))
-    if metric != "PSNR":
-        axis.set_xlim(0, 1)
-    axis.legend(fontsize=7)
-
-
-def draw_prompts(path, results):
-    """Every dataset's score under each random prompt, and under the one that looks alike.
-
-    results: {dataset: what prompts.py's `spread` gives}. The line ends at the worst and the best
-    prompt of every case.
-    """
-    known = {name: r for name, r in results.items() if "mean" in r}
-    if not known:
-        return
-    figure, axis = pyplot().subplots(figsize=(6, 1.3 + 0.4 * len(known)))
-    for at, r in enumerate(known.values()):
-        scale = 100 if r["metric"] == "PSNR" else 1  # dB in hundreds, to lie beside IoU
-        axis.plot(np.array([r["worst"], r["best"]]) / scale, (at, at), color="0.6")
-        axis.plot(np.array(r["draws"]) / scale, [at] * len(r["draws"]), "o", color="#0072b2",
-                  markersize=4, label=None if at else "random prompts, all cases")
-        axis.plot(r["alike"] / scale, at, "D", color="#d55e00",
-                  label=None if at else "the prompt that looks alike")
-    titles = [f"{name}, {r['metric'].replace('_', ' ')}" + (" / 100" * (r["metric"] == "PSNR"))
-              for name, r in known.items()]
-    axis.set_yticks(range(len(known)), titles)
-    axis.invert_yaxis()
-    axis.set_xlabel("score; the line goes from each case's worst prompt to its best")
-    axis.legend(fontsize=7)
-    finish(figure, path)
-
-
-def draw_examples(out, results, answer, datasets):
-    """examples/<dataset>.png: the worst, median and best case; examples.png: all medians.
-
-    answer(dataset, case): an `Answer` of eval.py, of which the middle slice is shown.
-    """
-    medians = []
-    for name, r in results.items():
-        ranked, rows = r["ranked"], []
-        if not ranked:
-            continue
-        chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-        cases = dict.fromkeys(case for case, _ in chosen.values())  # one may be worst and best
-        panels = {case: middle_slices(answer(name, case)) for case in cases}
-        for what, (case, value) in chosen.items():
-            rows.append((f"{what}: {case}\n{value:.2f}", datasets[name], panels[case]))
-        (out / "examples").mkdir(exist_ok=True)
-        draw_rows(out / "examples" / f"{name}.png", rows)
-        medians.append((name, *rows[1][1:]))
-    if medians:
-        draw_rows(out / "examples.png", medians)
-
-
-def middle_slices(answer):
-    """(title, image, label or None) of the middle slice of an `Answer`, five panels."""
-    k = len(answer.images) // 2
-    prompt, image = answer.prompt_images[k], answer.images[k]
-    return [("prompt", prompt, None), ("prompt label", prompt, answer.prompt_labels[k]),
-            ("image", image, None), ("truth", image, answer.truth[k]),
-            ("prediction", image, answer.answers["prediction"][k])]
-
-
-def draw_rows(path, examples, titles_in_every_row=False):
-    """A row an example: (its name, dataset, panels as of `middle_slices`)."""
-    columns = len(examples[0][2])
-    figure, axes = pyplot().subplots(len(examples), columns, squeeze=False,
-                                     figsize=(2 * columns, 2.1 * len(examples)))
-    for axes_of_row, (name, dataset, panels) in zip(axes, examples):
-        for axis, (title, image, label) in zip(axes_of_row, panels):
-            colored = label is not None and dataset.colored
-            shown = image if label is None or colored else label
-            axis.imshow(shown, cmap="gray", vmin=0, vmax=1)
-            if colored:
-                show_classes(axis, label, len(dataset.labels))
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if titles_in_every_row or axes_of_row is axes[0]:
-                axis.set_title(title, fontsize=9)
-        axes_of_row[0].set_ylabel(name, fontsize=7)
-    finish(figure, path)
-
-
-def draw_overlay(path, stack, answer, segmentation, columns=5):
-    """A montage of up to 25 slices: classes laid over the image, or the image and its answer."""
-    shown = np.flatnonzero([a.any() for a in answer]) if segmentation else np.arange(len(stack))
-    shown = shown if len(shown) else np.arange(len(stack))
-    places = np.linspace(0, len(shown) - 1, min(25, len(shown))).round().astype(int)
-    shown = shown[np.unique(places)]
-    rows, columns = -(-len(shown) // columns), min(columns, len(shown))
-    figure, axes = pyplot().subplots(rows, columns, figsize=(2.2 * columns, 2.3 * rows),
-                                     squeeze=False)
-    classes = np.unique(answer)[1:] if segmentation else ()
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, k in zip(axes.flat, shown):
-        axis.set_title(f"slice {k}", fontsize=7)
-        picture = stack[k]
-        if not segmentation:
-            low, high = answer.min(), answer.max()
-            scaled = to_unit(answer[k], (low, max(high, low + 1e-6)))
-            picture = np.concatenate([picture, scaled], 1)
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        if segmentation:
-            numbers = np.where(answer[k] == 0, 0, np.searchsorted(classes, answer[k]) + 1)
-            show_classes(axis, numbers, len(classes), alpha=0.5)
-    finish(figure, path, dpi=100)
-
-
-def draw_datasets(path, found, columns=4):
-    """A slice of every dataset found beside its label, colored at random as in training."""
-    columns = max(1, min(columns, len(found)))
-    rows = -(-len(found) // columns)
-    figure, axes = pyplot().subplots(rows, 2 * columns, squeeze=False,
-                                     figsize=(2 * columns * 1.5, rows * 1.75))
-    for axis in axes.flat:
-        axis.axis("off")
-    for n, (name, hit) in enumerate(found.items()):
-        pair = first_pair(hit)
-        if pair is None:
-            continue
-        first = 2 * (n % columns)
-        for axis, picture in zip(axes[n // columns, first:], pair):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=65535)
-        axes[n // columns, first].set_title(name, fontsize=8, loc="left")
-    finish(figure, path, dpi=100, pad=0.4)
-
-
-def first_pair(hit):
-    """(image, colored label) of the first case that can be read: its slice with most classes."""
-    for case in hit.cases:
-        with suppress(DataError):
-            if case.split != "inference":
-                arrays, index = prepare_case(case, hit.dataset)
-                break
-    else:
-        return None
-
-    def content(k):
-        return len(index["classes"][k]), np.count_nonzero(arrays["label"][k])
-
-    k = max(index["foreground"] or [0], key=content)
-    label = arrays["label"][k]
-    if hit.dataset.colored:
-        classes = index["classes"][k]
-        palette = np.zeros(256)
-        palette[classes] = spread_colors(len(classes))
-        label = palette[label] * 65535
-    return arrays["image"][k], label
-
-
-def draw_loss(path, log):
-    """loss.png from log.jsonl: every dataset's loss under its objective, and validation scores.
-
-    Nothing where matplotlib is missing.
-    """
-    try:
-        plt = pyplot()
-    except ImportError:
-        return
-    curves, scores = {}, {}
-    for line in (json.loads(l) for l in log.read_text().splitlines()):
-        for objective, by in line["losses"].items():
-            for name, value in by.items():
-                curves.setdefault((objective, name), []).append((line["step"], value))
-        for name, value in line.get("validation", {}).items():
-            scores.setdefault(name, []).append((line["step"], value))
-    panels = 1 + bool(scores)
-    figure, axes = plt.subplots(1, panels, figsize=(2 + 6 * panels, 5), squeeze=False)
-    for (objective, name), points in sorted(curves.items()):
-        style = "-" if objective == "ar" else "--"
-        axes[0, 0].plot(*zip(*points), style, label=f"{name} ({objective})", linewidth=1)
-    axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log")
-    for name, points in sorted(scores.items()):
-        axes[0, 1].plot(*zip(*points), ".-", label=name, linewidth=1)
-        axes[0, 1].set(xlabel="step", ylabel="held-out cases: mIoU, box IoU or SSIM", ylim=(0, 1))
-    for axis in axes[0]:
-        axis.legend(fontsize=4 if len(curves) > 30 else 7, ncols=1 + len(curves) // 30)
-    finish(figure, path)
-
-
-@torch.no_grad()
-def draw_samples(path, model, samples, answer):
-    """samples.png: a row a dataset, in the colors of training: the prompt, its label, the image,
-    its label, and the model's answer. answer(model, batch): (1, 1, H, W). Needs Pillow."""
-    try:
-        from PIL import Image
-    except ImportError:
-        return
-    training, rows = model.training, []
-    model.eval()
-    device = next(model.parameters()).device
-    for _, sample in sorted(first_samples(samples).items()):
-        batch = samples.make(samples.collate([sample]).to(device), 0)
-        labels = color(batch.labels, batch.palette, batch.colored)
-        tiles = [batch.images[:, -2], labels[:, -2], batch.images[:, -1], labels[:, -1],
-                 answer(model, batch)]
-        rows.append(torch.cat([t[0, 0].cpu() for t in tiles], 1))
-    model.train(training)
-    grid = (torch.cat(rows).clamp(0, 1) * 255).byte().numpy()
-    zoom = max(1, 128 // samples.image_size)
-    Image.fromarray(np.kron(grid, np.ones((zoom, zoom), np.uint8))).save(path)
-
-
-def first_samples(samples, steps=200):
-    """{dataset: one of its samples}, the same ones every time."""
-    found, wanted = {}, len(samples.names) - len(samples.excluded)
-    for step in range(steps):
-        for i in range(4):
-            sample = samples[step, i]
-            found.setdefault(samples.names[sample["drawn"][0]], sample)
-        if len(found) == wanted:
-            break
-    return found
-
-
-def answer_sample(model, batch):
-    """What an MVG paints for a batch of one, in the way that its task was trained: (1, 1, H, W)."""
-    labels = color(batch.labels, batch.palette, batch.colored)
-    objective = model.meta.get("objective", "hybrid")
-    if objective == "ar" or objective == "hybrid" and batch.colored:
-        cache = model.encode_prompts(batch.images[:, :-1], labels[:, :-1])
-        return model.predict(cache, batch.images[:, -1])
-    return model.predict_canvas(batch.images[:, -2], labels[:, -2], batch.images[:, -1])

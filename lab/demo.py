@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 
-import report
+import figures
 from eval import Settings, answer_case, score
 from lab import unet
 from metrics import case_values, main_metric
@@ -64,7 +64,7 @@ def main(argv=None):
     rows = [row_of(models, store, name) for name in store.datasets if store.split(name, "test")]
     for _, line in rows:
         print(line)
-    report.draw_rows(args.out, [row for row, _ in rows], titles_in_every_row=True)
+    figures.draw_rows(args.out, [row for row, _ in rows], titles_in_every_row=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
-from report import show_classes  # after the line that finds it
+from figures import show_classes  # after the line that finds it
 
 
 def show(panels, columns=None, rows=(), ticks=None, size=1.9):

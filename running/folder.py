@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import mvg
+from figures import answer_sample, draw_loss, draw_samples
 from metrics import case_values
-from report import answer_sample, clock, draw_loss, draw_samples
+from report import clock
 from running.checkpoints import load_checkpoint
 from scans.volumes import DataError, read_json, write_json
 

@@ -96,6 +96,22 @@ def test_image_scores_by_hand():
     assert all(math.isnan(v) for v in metrics.image_scores(guess, truth, ~valid & valid))
 
 
+def test_change_is_scored_apart_by_hand_and_as_scikit_image_does():
+    """A hole of ones in zeros: 0.1 away inside, 0.01 outside, where the input is 0.02 away."""
+    truth, image, guess = np.zeros((12, 12)), np.full((12, 12), 0.02), np.full((12, 12), 0.01)
+    truth[:3], guess[:3] = 1, 0.9
+    assert metrics.change_scores(guess, truth, image) == pytest.approx((20, 40))
+    assert metrics.change_scores(truth, truth, image) == (metrics.MAX_PSNR, metrics.MAX_PSNR)
+    inside, outside = metrics.change_scores(guess, truth, truth)  # nothing changes
+    assert math.isnan(inside) and outside == metrics.image_scores(guess, truth)[1]
+    rng = np.random.default_rng(1)
+    truth, image, guess = rng.random((3, 40, 31)).astype(np.float32)
+    changes = np.abs(truth - image) > metrics.CHANGE
+    theirs = [skimage.metrics.peak_signal_noise_ratio(truth[part], guess[part], data_range=1)
+              for part in (changes, ~changes)]
+    assert metrics.change_scores(guess, truth, image) == pytest.approx(theirs, abs=1e-4)
+
+
 def test_box_scores_by_hand():
     assert metrics.box_iou((0, 0, 9, 9), (0, 0, 9, 9)) == 1
     assert metrics.box_iou((0, 0, 9, 9), (10, 0, 19, 9)) == 0

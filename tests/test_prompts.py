@@ -61,12 +61,13 @@ def line(case, value, dataset="d"):
 def test_the_spread_of_two_cases_under_three_prompts_by_hand():
     dataset = Dataset("d", "a title", "abdomen", "ct", "segmentation", ("organ",))
     drawn = {"a": (0.2, 0.4, 0.6), "b": (0.5, 0.5, 0.8)}
-    lines = {f"draw {d}": [line(c, v[d]) for c, v in drawn.items()] for d in range(3)}
+    lines = {d: [line(c, v[d]) for c, v in drawn.items()] for d in range(3)}
     lines["alike"] = [line("a", 0.7), line("b", 0.3)]
     for run in lines.values():  # one that failed, and one of another dataset
         run += [{"dataset": "d", "case": "c", "error": "x"}, line("a", 1.0, "other")]
-    found = prompts.spread(lines, dataset)
-    assert found["cases"] == 2 and found["metric"] == "mIoU"
+    both = prompts.spread(lines, dataset)
+    found = both["mIoU"]
+    assert found["cases"] == 2 and both["Dice"] == found  # the same numbers in this example
     assert found["mean"] == pytest.approx(0.5)
     assert found["sd"] == pytest.approx((0.2 + np.std([0.5, 0.5, 0.8], ddof=1)) / 2)
     assert found["best"] == pytest.approx(0.7) and found["worst"] == pytest.approx(0.35)
@@ -78,14 +79,18 @@ def test_the_spread_of_two_cases_under_three_prompts_by_hand():
 def test_draws_are_evaluations_of_their_own_seeds(store, checkpoint, tmp_path):
     argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--max_cases", "1",
             "--datasets", "la", "Dataset802_MsT1ToFlair", "--seed", "3"]
-    found = evaluation.main([*argv, "--prompt_draws", "2", "--out", str(tmp_path / "draws")])
-    alone = evaluation.main([*argv[:-1], "4", "--out", str(tmp_path / "alone")])
-    assert found["la"]["draws"][1] == pytest.approx(alone["la"]["mIoU"])
+    found = evaluation.main([*argv, "--prompt_draws", "2", "--prompts", "1", "3",
+                             "--out", str(tmp_path / "draws")])
+    for count in ("1", "3"):
+        alone = evaluation.main([*argv[:-1], "4", "--prompts", count, "--out", str(tmp_path / "a")])
+        for metric in ("mIoU", "Dice"):
+            assert found["la"][count][metric]["draws"][1] == pytest.approx(alone["la"][metric])
+    assert found["la"]["1"]["mIoU"]["alike"] >= 0 and found["la"]["3"]["mIoU"]["alike"] is None
     written = json.loads((tmp_path / "draws" / "prompts.json").read_text())
     assert written["datasets"] == found and written["draws"] == 2
-    assert found["Dataset802_MsT1ToFlair"]["metric"] == "PSNR"
+    assert list(found["Dataset802_MsT1ToFlair"]["3"]) == ["PSNR"]
     assert (tmp_path / "draws" / "prompts.png").stat().st_size > 1000
-    assert "| la | mIoU | 1 |" in (tmp_path / "draws" / "prompts.md").read_text()
+    assert "| la | 3 | Dice | 1 |" in (tmp_path / "draws" / "prompts.md").read_text()
 
 
 def test_all_slices_are_scored_beside_those_that_show_something(store, checkpoint, tmp_path):

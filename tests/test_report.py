@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
+import figures
 import report
 from fakes import failure, rand
 from scans.datasets import DATASETS, find
@@ -159,31 +160,31 @@ def colorful(path):
 
 def test_an_overlay_shows_the_slices_with_an_answer(tmp_path, monkeypatch):
     """At most 25, spread over those with a class; all of them where there is none."""
-    titles, axis_type = [], report.pyplot().Axes
+    titles, axis_type = [], figures.pyplot().Axes
     plain = axis_type.set_title
     monkeypatch.setattr(axis_type, "set_title",
                         lambda self, text, **more: titles.append(text) or plain(self, text, **more))
     stack, answer = rand(60, 16, 16), np.zeros((60, 16, 16), np.uint16)
-    report.draw_overlay(tmp_path / "none.png", stack, answer, True)
+    figures.draw_overlay(tmp_path / "none.png", stack, answer, True)
     assert len(titles) == 25 and titles[0] == "slice 0" and titles[-1] == "slice 59"
     assert colorful(tmp_path / "none.png") == 0
     titles.clear()
     answer[20:23, 4:12, 4:12], answer[21, :2] = 7, 900
-    report.draw_overlay(tmp_path / "some.png", stack, answer, True)
+    figures.draw_overlay(tmp_path / "some.png", stack, answer, True)
     assert titles == ["slice 20", "slice 21", "slice 22"]
     assert colorful(tmp_path / "some.png") > 1000
     titles.clear()
-    report.draw_overlay(tmp_path / "image.png", stack[:2], stack[:2] * 3000 - 1000, False)
+    figures.draw_overlay(tmp_path / "image.png", stack[:2], stack[:2] * 3000 - 1000, False)
     assert titles == ["slice 0", "slice 1"] and colorful(tmp_path / "image.png") == 0
 
 
 def test_scores_are_drawn_beside_copies_and_the_paper(tmp_path):
-    report.draw_scores(tmp_path / "scores.png", RESULTS)
+    figures.draw_scores(tmp_path / "scores.png", RESULTS, report.papers_scores())
     assert colorful(tmp_path / "scores.png") > 1000
     alone = {"x": {**result(mIoU=0.5), "interval": {"mIoU": None}}}  # one patient: no interval
-    report.draw_scores(tmp_path / "alone.png", alone)
+    figures.draw_scores(tmp_path / "alone.png", alone, {})
     assert colorful(tmp_path / "alone.png") > 1000
-    report.draw_scores(tmp_path / "nothing.png", {"x": {"task": "segmentation", "mIoU": None}})
+    figures.draw_scores(tmp_path / "nothing.png", {"x": {"task": "segmentation", "mIoU": None}}, {})
     assert not (tmp_path / "nothing.png").exists()
 
 
@@ -200,7 +201,7 @@ def test_the_worst_the_median_and_the_best_case_are_drawn(tmp_path):
 
     ranked = [(f"case{n}", n / 10) for n in range(5)]
     found = {"acdc": result(mIoU=0.5, ranked=ranked), "la": result(mIoU=0.5)}
-    report.draw_examples(tmp_path, found, answer, {"acdc": dataset, "la": dataset})
+    figures.draw_examples(tmp_path, found, answer, {"acdc": dataset, "la": dataset})
     assert asked == [("acdc", c) for c in ("case0", "case2", "case4")]
     assert colorful(tmp_path / "examples" / "acdc.png") > 1000
     one, three = (pixels(tmp_path / p).shape for p in ("examples.png", "examples/acdc.png"))
@@ -212,7 +213,7 @@ def test_five_panels_of_the_middle_slice():
     images, label = rand(3, 4, 4), np.ones((3, 4, 4), np.uint8)
     answer = SimpleNamespace(images=images, prompt_images=images / 2, prompt_labels=label,
                              truth=label * 2, answers={"prediction": label * 3})
-    panels = report.middle_slices(answer)
+    panels = figures.middle_slices(answer)
     assert [title for title, _, _ in panels] == ["prompt", "prompt label", "image", "truth",
                                                  "prediction"]
     assert [None if y is None else int(y.max()) for _, _, y in panels] == [None, 1, None, 2, 3]
@@ -224,11 +225,11 @@ def test_losses_and_validation_scores_are_drawn(tmp_path):
     lines = [{"step": 10 * n, "losses": {"ar": {"acdc": 1 / n}, "mim": {"ldct": 2 / n}}}
              for n in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    report.draw_loss(tmp_path / "loss.png", tmp_path / "log.jsonl")
+    figures.draw_loss(tmp_path / "loss.png", tmp_path / "log.jsonl")
     one = pixels(tmp_path / "loss.png")
     lines[-1]["validation"] = {"acdc": 0.5}
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    report.draw_loss(tmp_path / "loss.png", tmp_path / "log.jsonl")
+    figures.draw_loss(tmp_path / "loss.png", tmp_path / "log.jsonl")
     two = pixels(tmp_path / "loss.png")
     assert two.shape[1] > 1.5 * one.shape[1] and colorful(tmp_path / "loss.png") > 300
 
@@ -236,15 +237,15 @@ def test_losses_and_validation_scores_are_drawn(tmp_path):
 def test_a_slice_of_every_dataset_found_is_drawn(stand_ins, tmp_path):
     """Its slice with most classes, colored at random; a dataset that cannot be read is blank."""
     found = find(stand_ins)
-    report.draw_datasets(tmp_path / "data.png", found)
+    figures.draw_datasets(tmp_path / "data.png", found)
     assert pixels(tmp_path / "data.png").std() > 30
     for name in ("acdc", "Dataset802_MsT1ToFlair"):
-        image, label = report.first_pair(found[name])
+        image, label = figures.first_pair(found[name])
         assert image.shape == label.shape and image.dtype == np.uint16
-    _, label = report.first_pair(found["acdc"])
+    _, label = figures.first_pair(found["acdc"])
     assert len(np.unique(label)) == 4 and 0 < label.max() <= 65535
     hit = found["acdc"]
     unread = replace(hit, cases=[replace(c, split="inference") for c in hit.cases])
-    assert report.first_pair(unread) is None
-    report.draw_datasets(tmp_path / "blank.png", {"acdc": unread})
+    assert figures.first_pair(unread) is None
+    figures.draw_datasets(tmp_path / "blank.png", {"acdc": unread})
     assert pixels(tmp_path / "blank.png").min() == 255
