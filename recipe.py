@@ -120,8 +120,9 @@ RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment superp
 FLAGS = ("datasets model image_size layout init objective coloring mask_ratio num_prompts "
          "seg_share mim_share data_fraction cases augment synthetic_share batch_size accumulate "
          "lr optimizer seed validate_cases").split()
-# --finetune takes the first from its model, and the second unless something else is asked for.
-OF_THE_MODEL = "model image_size layout positions qk_norm gate drop_path init".split()
+# --finetune takes the first from its model, and the second, as the image's side, unless something
+# else is asked for.
+OF_THE_MODEL = "model layout positions qk_norm gate drop_path init".split()
 OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss mask_loss beta "
                  "background_weight boxes augment superpixels optimizer average").split()
 
@@ -243,5 +244,8 @@ def finetuned_recipe(path, changes):
             raise DataError(f"--finetune takes the model of {path} as it is: drop --{name}")
     kept = [name for name in OF_THE_MODEL + OF_THE_METHOD if name != "init"]
     before = {k: v for k, v in saved.get("recipe", {}).items() if k in kept}
+    before["image_size"] = saved["config"]["image_size"]
+    if "classes" in saved["config"] and "image_size" in changes:
+        raise DataError(f"--finetune takes the U-Net of {path} as it is: drop --image_size")
     prompts = f"1-{saved['config'].get('max_prompts', 1)}"
     return Recipe(**{**before, "lr": 3e-4, "num_prompts": prompts, **changes})

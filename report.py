@@ -1,13 +1,21 @@
-"""What is read: the paper's tables, and finished runs side by side. figures.py draws.
+"""What is read: the paper's tables, finished runs side by side, and the pages' tables.
 
     python eval.py --compare unified=runs/a isolated=runs/b,runs/c --out compared
+    python report.py keep runs/mvg/eval docs/results/mine.json --command "eval.py ..."
+    python report.py docs                                  fill the tables of README and docs
 
 Functions get results as dictionaries or files, and write Markdown or CSV.
 """
 
+import argparse
 import csv
+import datetime
+import hashlib
 import platform
+import re
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +24,7 @@ import torch
 from figures import draw_data
 from metrics import MAIN, METRICS, WRONG, main_metrics
 from scans.datasets import DATASETS
-from scans.volumes import DataError, read_json
+from scans.volumes import DataError, command_line, read_json, write_json
 
 # The paper's Tables 2 (mIoU) and 3 (MAE, PSNR, SSIM each). *: with 64 examples.
 TABLE_2 = ("amos_ct", "word", "btcv", "amos_mri", "microsegnet", "promise12", "chest_xray", "acdc",
@@ -240,3 +248,64 @@ def describe_answer(case, answer):
         "checkpoint": str(case.args.checkpoint), "seconds": round(time.time() - case.begun, 2),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__}}
+
+
+# -------------------------------------------------------------------------------------------------
+# Results that are kept
+
+def keep(run, path, command, checkpoint=None, note=""):
+    """Write what an evaluation found and where it comes from to a small JSON file.
+
+    run: a folder with results.json or prompts.json of eval.py. path: docs/results/NAME.json.
+    """
+    name = "prompts.json" if (Path(run) / "prompts.json").is_file() else "results.json"
+    found = read_results(Path(run) / name)
+    for scores in found["datasets"].values():
+        scores.pop("ranked", None)
+    checkpoint = Path(checkpoint or found["checkpoint"])
+    of_here = ("checkpoint", "store", "modified", "seconds", "training")
+    about = {"command": command, "note": note, "seed": found["seed"],
+             "date": str(datetime.date.today()), "hardware": hardware(), "code": commit(),
+             "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+    write_json(Path(path), {**about, **{k: v for k, v in found.items() if k not in of_here}})
+
+
+def hardware():
+    """The GPU, or the processor and how many threads of it are used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else None
+    threads = torch.get_num_threads()
+    return (f"{threads} thread{'s' * (threads > 1)} of "
+            f"{model[1] if model else platform.processor() or platform.machine()}")
+
+
+def commit():
+    """The commit of the code, empty where there is no git."""
+    with suppress(OSError):
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent).stdout.strip()
+    return ""
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = p.add_subparsers(dest="command_name", required=True)
+    one = commands.add_parser("keep", help="keep what an evaluation found in a small file")
+    one.add_argument("run", help="folder that eval.py wrote")
+    one.add_argument("path", help="docs/results/NAME.json")
+    one.add_argument("--command", required=True, help="what was run")
+    one.add_argument("--checkpoint", help="default: the one that was scored")
+    one.add_argument("--note", default="", help="what a reader has to know")
+    commands.add_parser("docs", help="fill the tables of README and docs from docs/results")
+    args = p.parse_args(argv)
+    if args.command_name == "keep":
+        return keep(args.run, args.path, args.command, args.checkpoint, args.note)
+    from lab import pages  # it imports this file
+    changed = pages.write()
+    print(f"filled: {', '.join(changed)}" if changed else "every table was as docs/results has it")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -19,7 +19,7 @@ from coloring import color
 from data import BatchSampler, ContextSamples
 from objectives import LOSSES
 from recipe import parse
-from running.checkpoints import load_vit
+from running.checkpoints import load_vit, resized
 from running.folder import Run
 from running.muon import Muon
 from running.ranks import (Interrupts, Ranks, compile_if_it_works, find_data, find_pool,
@@ -92,6 +92,7 @@ def make_model(args, recipe, store):
         if isinstance(model, unet.UNet):
             unet.check(recipe)
             return model, {"ar": unet.loss}
+        model = resized(model, recipe.image_size)
     else:
         model = mvg.build(recipe.model, recipe.image_size,
                           **{name: getattr(recipe, name) for name in names})

@@ -20,6 +20,7 @@ samples       Samples a second of procedural tasks: made from the pool by the lo
 memory        The peak of a training step, computed without running it (`cost`), against `authors`.
 store         A training sample (512 -> 448) from the prepared store, against reading one .nii.gz of
               512 x 512 x 100, which a sample costs without a store.
+specialist    Parameters, operations, seconds and memory of a slice, beside a U-Net for one class.
 
 `train.py --dry_run` says the plan of a run by `DryRun`. `needs_recompute` decides whether a
 training computes its activations again.
@@ -52,6 +53,7 @@ import vit
 from coloring import color
 from batches import Batch
 from data import BatchSampler, ContextSamples
+from lab import unet
 from objectives import LOSSES, pixel_loss
 from predict import answer_stack
 from recipe import Recipe
@@ -636,15 +638,21 @@ def samples(setting):
 def memory(setting):
     """Computed gigabytes at the peak of a training step, of the larger objective.
 
-    Ours, ours with activations recomputed, and the authors'.
+    Ours, ours with activations recomputed, and the authors'. "counted" has the operations, too:
+    {objective or reference: [GFLOP of a step, GB at its peak]}.
     """
-    def peak(*names, recompute=False):
-        return max(cost(setting.config, setting.batch, name, setting.bf16, recompute)[1]
-                   for name in names) / 1e9
+    def count(name, recompute=False):
+        return cost(setting.config, setting.batch, name, setting.bf16, recompute)
 
-    ours, again, authors = peak(*HYBRID), peak(*HYBRID, recompute=True), peak("authors")
+    counted = {name: count(name) for name in (*HYBRID, *REFERENCES)}
+    counted |= {f"{name}, activations computed again": count(name, True) for name in HYBRID}
+    gb = {name: peak / 1e9 for name, (_, peak) in counted.items()}
+    ours = max(gb[name] for name in HYBRID)
+    again = max(gb[f"{name}, activations computed again"] for name in HYBRID)
     return {"ours_gb": round(ours, 3), "recomputed_gb": round(again, 3),
-            "reference_gb": round(authors, 3), "ratio": round(authors / ours, 2)}
+            "reference_gb": round(gb["authors"], 3), "ratio": round(gb["authors"] / ours, 2),
+            "counted": {name: [round(flops / 1e9, 1), round(gb[name], 3)]
+                        for name, (flops, _) in counted.items()}}
 
 
 def single_thread(function):
@@ -681,8 +689,39 @@ def from_store(setting):
             "ratio": round(10 * ratio(seconds, "file", "store"), 1)}
 
 
+def specialist(setting):
+    """What the generalist costs beside a U-Net for one class at the same image size.
+
+    For each: parameters, operations of a training sample, seconds and operations of a slice, and
+    bytes at its peak, weights included. MVG's prompt is encoded before.
+    """
+    s, size = setting, setting.config.image_size
+    models = {"mvg": make_model(s.config, "ours"), "unet": unet.UNet(unet.Config(1, size))}
+    pairs, result = torch.rand(2, 1, 2, 1, size, size, device=s.device), {}
+    with torch.no_grad():
+        for model in models.values():
+            model.to(s.device).eval()
+        ways = {"mvg": ways_to_answer(models["mvg"], *pairs)["cached"],
+                "unet": partial(models["unet"], pairs[0, :, -1])}
+        seconds = in_turn(s.device, s.repeats, **ways)
+        for name, answer in ways.items():
+            parameters = sum(p.numel() for p in models[name].parameters())
+            with Costs() as counted:
+                answer()
+            result[name] = {"parameters": parameters,
+                            "slice_s": round(statistics.median(seconds[name]), 5),
+                            "slice_gflop": round(counted.flops / 1e9, 2),
+                            "slice_mb": round((4 * parameters + counted.peak) / 1e6)}
+    with Costs() as counted:
+        models["unet"](pairs[0, :, -1]).sum().backward()
+    of_ours = sum(share * cost(s.config, 1, name, s.bf16)[0] for name, share in HYBRID.items())
+    result["unet"]["train_gflop"] = round(counted.flops / 1e9, 2)
+    result["mvg"]["train_gflop"] = round(of_ours / 1e9, 2)
+    return result
+
+
 PARTS = {"train_step": train_step, "infer_cached": infer_cached, "volume": volume,
-         "samples": samples, "memory": memory, "store": from_store}
+         "samples": samples, "memory": memory, "store": from_store, "specialist": specialist}
 
 
 # -------------------------------------------------------------------------------------------------

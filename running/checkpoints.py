@@ -8,6 +8,7 @@ They are written whole or not at all, and read without running anything of their
 import os
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,6 +64,22 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} has checkpoint format {checkpoint['mvg']}, this code reads "
                          f"{FORMAT}: update the code")
     return checkpoint
+
+
+def resized(model, image_size):
+    """An MVG with the same weights for images of another side, a multiple of the patch size.
+
+    Rotary positions stay as they are, learned ones are resized. None: the model as it is.
+    """
+    if image_size in (None, model.config.image_size):
+        return model
+    other = type(model)(replace(model.config, image_size=image_size))
+    state, size = model.state_dict(), (other.side, other.side)
+    state["position"] = F.interpolate(state["position"], size=size, mode="bicubic",
+                                      align_corners=False)
+    other.load_state_dict(state)
+    other.meta = model.meta
+    return other
 
 
 def load_vit(model, path):

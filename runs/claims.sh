@@ -38,18 +38,17 @@ claim() { # name, data root, datasets, flags of train.py
 
 keep() { # run folder, file: what is worth keeping are scores, settings and losses
     $python - "$@" "$steps" <<'END'
-import datetime, json, platform, re, subprocess, sys
+import datetime, json, sys
+import report
 run, to, budget = sys.argv[1:]
 result = json.load(open(run + "/eval/results.json"))
 for scores in result["datasets"].values():
     del scores["ranked"]
 for name in ("checkpoint", "store", "modified"):
     result.pop(name, None)
-cpu = re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())
-commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
 result |= {"command": "bash runs/claims.sh REAL " + budget, "budget": int(budget),
-           "date": str(datetime.date.today()), "code": commit.stdout.strip() or "no git",
-           "hardware": cpu[1] if cpu else platform.processor() or platform.machine(),
+           "date": str(datetime.date.today()), "code": report.commit(),
+           "hardware": report.hardware(),
            "log": [json.loads(line) for line in open(run + "/log.jsonl")]}
 json.dump(result, open(to, "w"))
 END

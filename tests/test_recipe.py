@@ -174,7 +174,7 @@ def test_a_model_without_a_run_is_not_resumed(checkpoint):
 
 def test_finetuning_keeps_the_fields_of_model_and_method(tmp_path):
     kept = {name: OTHER[name] for name in recipes.OF_THE_MODEL + recipes.OF_THE_METHOD
-            if name not in ("init", "model", "image_size")}
+            if name not in ("init", "model")}
     kept["layout"] = "fused"
     first = Recipe(**{name: recipes.converted(name, value) for name, value in OTHER.items()
                       if name not in ("layout", "init")})

@@ -564,6 +564,10 @@ def test_finetuning_starts_from_a_model_and_its_recipe(store, tmp_path):
     train.main([*argv, "--out", str(tmp_path / "d"), "--steps", "3", "--stop_at", "2"])
     resumed = train.main(["--resume", str(tmp_path / "d" / "last.pt")])
     assert equal(whole, resumed) and not equal(whole, first)
+    larger = train.main([*argv, "--out", str(tmp_path / "e"), "--steps", "1", "--lr", "1e-12",
+                         "--image_size", "64"])
+    assert larger.config == type(first.config)(**{**vars(first.config), "image_size": 64})
+    assert torch.allclose(larger.blocks[1].mlp[0].weight, first.blocks[1].mlp[0].weight, atol=1e-6)
     with pytest.raises(DataError, match="drop --model"):
         parse([*argv, "--model", "tiny"])
     with pytest.raises(DataError, match="drop --init"):

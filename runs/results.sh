@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Every score of the bundled checkpoint, into docs/results; then: python report.py docs
+#   bash runs/results.sh REAL [NAME ...]     NAME: only these
+# REAL: a data root with ACDC, LA, MSD Hippocampus, a nerve ultrasound set, T1 to FLAIR, DeepLesion,
+# and what lab/loose_scans.py reads. A stopped evaluation goes on from its last case.
+# Time: about two hours on one core, half of it for `prompts`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+real=$1
+shift
+only=" $* "
+python=${PYTHON:-.venv/bin/python}
+work=${WORK:-runs/results}
+five="acdc la msd_hippocampus Dataset801_NerveUltrasound Dataset802_MsT1ToFlair"
+
+result() { # name, note, data root, flags of eval.py
+    local name=$1 note=$2 root=$3
+    shift 3
+    [ "$only" = "  " ] || [[ "$only" == *" $name "* ]] || return 0
+    $python eval.py --data_root "$root" --store "$work/store-$(basename "$root")" \
+        --checkpoint checkpoints/demo.pt --out "$work/$name" "$@"
+    $python report.py keep "$work/$name" "docs/results/$name.json" --note "$note" \
+        --command "bash runs/results.sh REAL $name"
+}
+
+mkdir -p "$work"
+[ -d "$work/loose" ] || $python -m lab.loose_scans --real "$real" --out "$work/loose"
+[ -d "$work/stand_ins" ] || $python -m lab.phantom --out "$work/stand_ins"
+
+result real "ACDC: 50 patients of WSL4MIS; LA: crops of UA-MT; hippocampus: 60 volumes" "$real" \
+    --datasets $five --wrong_prompt
+result loose "One patient: every other slice prompts the rest, 3 mm away" "$work/loose" \
+    --split all --wrong_prompt
+result boxes "Ten pictures of two patients" "$real" --datasets deeplesion --max_cases 10
+result stand_ins "Other subjects of the kinds that it was trained on; two cases a dataset" \
+    "$work/stand_ins" --max_cases 2
+result all_slices "At most eight cases a dataset" "$real" --slices all --max_cases 8 \
+    --datasets acdc msd_hippocampus
+result prompts "Four cases a dataset" "$real" --datasets $five --max_cases 4 \
+    --prompt_draws 3 --prompts 1 2 4 8
+if [ "$only" = "  " ] || [[ "$only" == *" cost "* ]]; then
+    $python - <<'END'
+import contextlib, datetime, io, json
+import report
+from lab import bench
+
+found = {"command": "bash runs/results.sh REAL cost", "seed": 0, "hardware": report.hardware(),
+         "date": str(datetime.date.today()), "code": report.commit(), "sizes": {}, "counted": {}}
+for title, flags in {"`demo`, 128 pixels": "--model demo --image_size 128",
+                     "`tiny`, 448 pixels": "--model tiny",
+                     "`large`, 448 pixels": "--model large --bf16 --repeats 1"}.items():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        bench.main([*flags.split(), "--only", "memory", "specialist", "--json"])
+    part = json.loads(said.getvalue())
+    found["sizes"][title] = part["specialist"]
+    kind = "bfloat16" if "bf16" in flags else "float32"
+    found["counted"][f"{title}, one sample, {kind}"] = part["memory"]["counted"]
+json.dump(found, open("docs/results/cost.json", "w"), indent=1)
+END
+fi
+[ ! -f "$work/prompts/prompts.png" ] || cp "$work/prompts/prompts.png" docs/prompts.png
