@@ -29,7 +29,7 @@ TITLES = {"acdc": "ACDC, heart MRI", "la": "LA 2018, MRI", "msd_hippocampus": "h
           "Dataset904_MrOrgans": "six organs, MRI, one patient",
           "Dataset905_LowDoseCt": "quarter- to full-dose CT, one patient",
           "Dataset906_T1cToT2": "T1c to T2, one patient",
-          "Dataset907_Inpainting": "inpainting, T1, one patient"}
+          "Dataset907_Inpainting": "inpainting, T1, one patient", "all": "ACDC, all cases"}
 UNSEEN = ("acdc", "la", "msd_hippocampus", "Dataset801_NerveUltrasound", "Dataset901_ChestXray",
           "Dataset902_ProstateMr")
 
@@ -122,12 +122,14 @@ def card_images():
 def card_rest():
     """Neighbouring slices of one patient, and boxes."""
     found = results("loose")["datasets"] | results("boxes")["datasets"]
+    found["all"] = results("acdc_all")["datasets"].get("acdc")
     rows = []
-    for name, metric in (("Dataset903_CtOrgans", "mIoU"), ("Dataset904_MrOrgans", "mIoU"),
+    for name, metric in (("all", "mIoU"), ("Dataset903_CtOrgans", "mIoU"), ("Dataset904_MrOrgans", "mIoU"),
                          ("deeplesion", "box_IoU")):
         r = found[name]
-        rows.append([TITLES[name], f"{r['cases']} / {r['patients']}", metric.replace("_", " "),
-                     cell(r, metric), cell(r["copy"], metric)])
+        if r:
+            rows.append([TITLES[name], f"{r['cases']} / {r['patients']}", metric.replace("_", " "),
+                         cell(r, metric), cell(r["copy"], metric)])
     return markdown(["", "cases / patients", "score", "prompted", "copied"], rows)
 
 

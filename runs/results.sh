@@ -29,6 +29,8 @@ mkdir -p "$work"
 
 result real "ACDC: 50 patients of WSL4MIS; LA: crops of UA-MT; hippocampus: 60 volumes" "$real" \
     --datasets $five --wrong_prompt
+result acdc_all "All cases; prompts are training cases of other patients" "$real" \
+    --datasets acdc --split all
 result loose "One patient: every other slice prompts the rest, 3 mm away" "$work/loose" \
     --split all --wrong_prompt
 result boxes "Ten pictures of two patients" "$real" --datasets deeplesion --max_cases 10
