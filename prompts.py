@@ -93,6 +93,7 @@ def score_draws(args, evaluation):
     print(table)
     (out / "prompts.md").write_text(table + "\n")
     about = {**run.about, "prompts": args.prompts, "draws": args.prompt_draws}
+    del about["alike"]
     write_json(out / "prompts.json", {"datasets": results, **about, "split": args.split})
     figures.draw_prompts(out / "prompts.png", results)
     return results

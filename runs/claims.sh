@@ -42,8 +42,11 @@ import datetime, json, sys
 import report
 run, to, budget = sys.argv[1:]
 result = json.load(open(run + "/eval/results.json"))
-for scores in result["datasets"].values():
-    del scores["ranked"]
+lines = map(json.loads, open(run + "/eval/scores.jsonl"))
+patients = {(line["dataset"], line["case"]): line["patient"] for line in lines if "patient" in line}
+for name, scores in result["datasets"].items():  # for paired differences
+    scores["case_scores"] = {case: [patients[name, case], round(value, 4)]
+                             for case, value in scores.pop("ranked")}
 for name in ("checkpoint", "store", "modified"):
     result.pop(name, None)
 result |= {"command": "bash runs/claims.sh REAL " + budget, "budget": int(budget),

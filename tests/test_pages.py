@@ -65,22 +65,24 @@ def test_what_is_missing_was_not_run(tmp_path, monkeypatch):
 
 
 def test_verdicts_follow_the_intervals(tmp_path, monkeypatch):
-    """ACDC apart for it, the others overlap; then LA against it as well."""
-    def run(name, **spans):
-        each = {d: {"mIoU": 0.5, "interval": {"mIoU": spans.get(d, [0.4, 0.6])},
-                    "copy": {"mIoU": 0.3}} for d in pages.MASKS}
+    """ACDC is ahead in every case, the others in one of two; then LA is behind as well."""
+    def run(name, **scores):
+        each = {d: {"case_scores": {c: [c, v] for c, v in zip("ab", scores.get(d, (0.4, 0.6)))}}
+                for d in pages.MASKS}
         (tmp_path / f"docs/claims/{name}.json").write_text(json.dumps({"datasets": each}))
 
     (tmp_path / "docs/claims").mkdir(parents=True)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    run("ar", acdc=[0.7, 0.8])
-    run("mim75")
+    run("ar", acdc=(0.5, 0.8))
+    run("mim75", msd_hippocampus=(0.5, 0.5))
     verdict = {line.split(" | ")[0].strip("| "): line for line in pages.verdicts().splitlines()}
     assert verdict["AR ahead of MIM on segmentation"].endswith(
         "| ACDC, heart MRI |  | holds here |")
-    run("mim75", la=[0.7, 0.8])
+    run("mim75", la=(0.7, 0.8))
     assert "| LA 2018, MRI | cannot be told |" in pages.verdicts()
     run("ar")
+    assert pages.paired({"a": ["p", 0.5], "b": ["q", 0.7]}, {"a": ["p", 0.4], "b": ["q", 0.4]}) == \
+        pytest.approx([0.1, 0.3])
     assert "|  | LA 2018, MRI | does not hold here |" in pages.verdicts()
 
 
