@@ -38,8 +38,8 @@ result stand_ins "Other subjects of the kinds that it was trained on; two cases 
     "$work/stand_ins" --max_cases 2
 result all_slices "At most eight cases a dataset" "$real" --slices all --max_cases 8 \
     --datasets acdc msd_hippocampus
-result prompts "Four cases a dataset" "$real" --datasets $five --max_cases 4 \
-    --prompt_draws 3 --prompts 1 2 4 8
+result prompts "Four cases a dataset" "$real" --max_cases 4 --prompt_draws 3 --prompts 1 2 4 8 \
+    --datasets acdc la msd_hippocampus Dataset801_NerveUltrasound
 if [ "$only" = "  " ] || [[ "$only" == *" cost "* ]]; then
     $python - <<'END'
 import contextlib, datetime, io, json

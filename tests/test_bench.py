@@ -39,6 +39,11 @@ def test_bench_reports_ratios(capsys):
     assert 0 < result["train_step"]["utilisation"] < 1
     assert all(result["samples"][f"{name}_per_second"] > 0 for name in ("data", "step", "both"))
     assert 0 < result["memory"]["recomputed_gb"] < result["memory"]["ours_gb"]
+    assert result["memory"]["counted"]["authors"][1] == result["memory"]["reference_gb"]
+    for name, r in result["specialist"].items():
+        assert all(value > 0 for value in r.values()) and r["train_gflop"] > r["slice_gflop"], name
+    parameters = sum(p.numel() for p in mvg.build("demo", 32).parameters())
+    assert result["specialist"]["mvg"]["parameters"] == parameters
 
 
 def test_a_reference_that_is_too_large_for_a_gpu_is_left_out(monkeypatch):
