@@ -395,7 +395,8 @@ def sources():
     rows = []
     for path in sorted((ROOT / "docs/results").glob("*.json")):
         r = read_json(path)
-        rows.append([f"[{path.stem}]({path.name})", f"`{r['command']}`", r["seed"], r["hardware"],
+        command = r["command"].replace("|", "or")  # a bar ends a cell
+        rows.append([f"[{path.stem}]({path.name})", f"`{command}`", r["seed"], r["hardware"],
                      r["date"], r.get("code", "")])
     runs = [read_json(p) for p in sorted((ROOT / "docs/claims").glob("*.json"))]
     for run in runs[:1]:
