@@ -263,5 +263,5 @@ def matching_slice(k, count, prompt_count):
 
 
 if __name__ == "__main__":  # what is found below a data root, and what is wrong with it
-    from report import draw_datasets
+    from figures import draw_datasets
     command_line(lambda: doctor.main(draw=draw_datasets))
