@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bundled checkpoint's recipe, one size up, on one GPU: 10.6 M parameters, 128 pixels, patch 8.
+# The bundled checkpoint's recipe, a larger model, on one GPU: 10.6 M parameters, 128 pixels, patch 8.
 #   bash runs/gpu.sh STORE [flags of train.py]
 # STORE: as of runs/checkpoint.sh, or one that lab.pack made small, unpacked: 23 MB hold 44 open
 # sets and the stand-ins, 60 slices of each.
@@ -8,7 +8,7 @@
 # Needs torch, NumPy and scikit-image. Result: runs/gpu/half.pt, below 25 MB; log.jsonl.
 set -euo pipefail
 export START="--model pocket --set gate=true drop_path=0" PROCESSES=1 OMP_NUM_THREADS=16
-export MINUTES=${MINUTES:-14} OUT=${OUT:-runs/gpu}
+export MINUTES=${MINUTES:-14} SIZE=128 ASK=128 OUT=${OUT:-runs/gpu}
 exec bash "$(dirname "$0")/checkpoint.sh" "$@" --batch_size "${BATCH:-256}" --lr 1e-3 \
     --seg_share 0.7 --synthetic_share 0.3 --set average=0.999 bf16=none pool="${POOL:-8000}" \
     --save_every 200
