@@ -12,6 +12,7 @@ only=" $* "
 python=${PYTHON:-.venv/bin/python}
 work=${WORK:-runs/results}
 five="acdc la msd_hippocampus Dataset801_NerveUltrasound Dataset802_MsT1ToFlair"
+all=$($python -c "from lab.phantom import STAND_INS; print(*STAND_INS)")
 
 result() { # name, note, data root, flags of eval.py
     local name=$1 note=$2 root=$3
@@ -25,7 +26,7 @@ result() { # name, note, data root, flags of eval.py
 
 mkdir -p "$work"
 [ -d "$work/loose" ] || $python -m lab.loose_scans --real "$real" --out "$work/loose"
-[ -d "$work/stand_ins" ] || $python -m lab.phantom --out "$work/stand_ins"
+[ -d "$work/stand_ins" ] || $python -m lab.phantom --out "$work/stand_ins" --datasets $all
 
 result real "ACDC: 50 patients of WSL4MIS; LA: crops of UA-MT; hippocampus: 60 volumes" "$real" \
     --datasets $five --wrong_prompt
