@@ -249,16 +249,9 @@ def bought():
 
 def larger():
     """The same weights at other image sizes, and after more training."""
-    found = results("larger")
-    images = ("Dataset905_LowDoseCt", "Dataset906_T1cToT2", "Dataset907_Inpainting")
-    rows = []
-    for name, scores in found["runs"].items():
-        of_open, one = found["open"].get(name), found["one patient"].get(name)
-        rows.append([name, *(f"{scores[d]:.3f}" for d in UNSEEN), mean([scores[d] for d in UNSEEN]),
-                     mean(list(of_open.values())) if of_open else NOT_RUN,
-                     *(f"{one[d]['PSNR']:.1f}" if one else NOT_RUN for d in images)])
-    return markdown(["", *(TITLES[d] for d in UNSEEN), "mean of these", "mean of 8 open sets",
-                     "quarter-dose CT, dB", "T1c to T2, dB", "inpainting, dB"], rows)
+    rows = [[name, *(f"{scores[d]:.3f}" for d in UNSEEN), mean([scores[d] for d in UNSEEN])]
+            for name, scores in results("larger")["runs"].items()]
+    return markdown(["", *(TITLES[d] for d in UNSEEN), "mean"], rows)
 
 
 def tricks():

@@ -5,7 +5,7 @@
 # STORE: a prepared store (train.py --data_root DIR --store STORE --dry_run makes one).
 # Time: MINUTES, 34 by default; the schedule follows the clock. Killed: add --resume.
 # PROCESSES: 2 by default, for the two cores of the machine that trained the file.
-# SIZE: pixels in training, 96 by default; ASK: pixels of the result, 128 (docs/study.md says why).
+# SIZE: pixels, 96 by default; the last step had 128 (docs/study.md). ASK: pixels of the result, 128.
 # Result: $OUT/half.pt, the averaged weights in 16 bits, without the optimizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
