@@ -63,7 +63,7 @@ def read_pair(case, dataset, slices):
     return np.stack(images), labels, None if valid[0] is None else np.stack(valid)
 
 
-def answer_case(model, case, training, dataset, settings, others=()):
+def answer_case(model, case, training, dataset, settings, others=None):
     """The `Answer` of a model to a case of a dataset.
 
     The prompt is drawn from (seed, case), whatever other cases are scored. others: training cases
@@ -86,7 +86,7 @@ def answer_case(model, case, training, dataset, settings, others=()):
         result.answers["prediction"] = answer
         result.found = more if isinstance(more, list) else None
         wrong = {}
-        if settings.wrong_prompt:
+        if settings.wrong_prompt and others is not None:  # not for a picture of examples
             other = others[rng.integers(len(others))] if others else None
             other = read_pair(other, dataset, settings.slices)[:2] if other else None
             wrong = wrong_prompts(*prompts[0], dataset, other)
@@ -286,7 +286,7 @@ class Evaluation:
         if self.ranks > 1:
             dist.destroy_process_group()
 
-    def answer(self, name, case_name, others=()):
+    def answer(self, name, case_name, others=None):
         return answer_case(self.model, self.todo[name, case_name], self.training[name],
                            self.store.datasets[name], self.settings, others)
 

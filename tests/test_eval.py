@@ -208,7 +208,7 @@ class Truthful:
         monkeypatch.setattr(evaluation, "answer_case", self.case)
         monkeypatch.setattr(evaluation, "answer_stack", self.stack)
 
-    def case(self, model, case, training, dataset, settings, others=()):
+    def case(self, model, case, training, dataset, settings, others=None):
         self.truth, self.asked = evaluation.read_pair(case, dataset, settings.slices)[1], 0
         return self.answer_case(model, case, training, dataset, settings, others)
 
@@ -252,7 +252,7 @@ def test_what_is_seen_without_a_prompt_is_scored(store, meta, monkeypatch):
     seen = torch.zeros(1, 1, 32, 32)
     seen[..., 10:16, 10:16] = 1
     monkeypatch.setattr(model, "predict", lambda cache, x: seen.expand_as(x).clone())
-    answer = answer_case(model, case, training, dataset, Settings(wrong_prompt=True))
+    answer = answer_case(model, case, training, dataset, Settings(wrong_prompt=True), ())
     assert answer.answers["empty"].any()
     assert set(np.unique(answer.answers["empty"])) <= {0, *np.unique(answer.prompt_labels)}
 
