@@ -41,7 +41,7 @@ def test_its_recipe_is_one_of_this_code():
 def scores(model, store, name, settings, kinds):
     """The mean main score of some answers to a stand-in's held-out cases."""
     dataset, training = store.datasets[name], store.split(name, "train")
-    answers = [evaluation.answer_case(model, case, training, dataset, settings)
+    answers = [evaluation.answer_case(model, case, training, dataset, settings, ())
                for case in store.split(name, "test")]
     metric = metrics.main_metric(dataset)
     return [np.mean([metrics.case_values(evaluation.score(kind, a, dataset), dataset)[metric]
