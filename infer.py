@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import mvg
 import figures
+import mvg
 import report
 from data import matching_slice
 from predict import Options, detection_masks, predict, predict_boxes, predict_stack

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25  # ours; one channel, so no statistics of ImageNet
-ROPE_SIDE = 12.0   # ours: positions run from 0 to this over a side, however many tokens it has,
-ROPE_BASE = 100.0  # so a trained model can go on at another size; the fastest turn is 12 radians
+ROPE_SIDE = 12.0   # ours: positions run from 0 to this over a side, however many tokens it has
+ROPE_BASE = 100.0  # ours: over a side the fastest rotation turns by 12 radians, the slowest by 0.2
 
 
 # -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ for set in $segmentation; do # an eighth of the unified run's samples are of eac
     claim "unet-$set" "$real" $set --steps $((steps / 8)) $unet
 done
 claim sequence "$real" "$five" --steps $steps --layout sequence
-for seed in 1 2; do # random against predefined is the closest of all
+for seed in 1 2; do # three seeds of random and predefined colors
     claim "unified-seed$seed" "$real" "$five" --steps $steps --seed $seed
     claim "predefined-seed$seed" "$real" "$five" --steps $steps --seed $seed --coloring predefined
 done

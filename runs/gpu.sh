@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bundled checkpoint's recipe, a larger model, on one GPU: 10.6 M parameters, 128 pixels, patch 8.
+# The bundled checkpoint's recipe with a larger model on one GPU: 10.6 M parameters, 128 pixels.
 #   bash runs/gpu.sh STORE [flags of train.py]
 # STORE: as of runs/checkpoint.sh, or one that lab.pack made small, unpacked: 23 MB hold 44 open
 # sets and the stand-ins, 60 slices of each.

@@ -2,7 +2,7 @@
 # Section 4.2, out of distribution: MSD liver with a new prompt only; MSD spleen and lung with a new
 # prompt only and after fine-tuning on one case.
 #   bash runs/unseen.sh DIR [CKPT] [STEPS]     DIR: a data root with MSD Task03, Task06, Task09
-# Result: docs/results/unseen_NAME.json, and docs/results/README.md by python report.py docs.
+# Result: docs/results/unseen_NAME.json, and the table of docs/claims.md by python report.py docs.
 # A checkpoint that was trained on these sets is no test. The bundled one saw stand-ins of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
