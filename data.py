@@ -194,7 +194,7 @@ class ContextSamples(Dataset):
         if colored:
             views = [view @ draw_crop(self.image_size, rng) for view in views]
         else:
-            pairs, views = draw_windows(pairs, self.image_size, rng)  # ours: at full resolution
+            views = draw_windows(pairs, self.image_size, rng)  # ours: at full resolution
         if changed:
             views = views @ draw_moves(rng, S, colored, apart=4 if alone else 1)
         if changed and colored:
@@ -205,7 +205,7 @@ class ContextSamples(Dataset):
         """An image task made of the chosen slices [(case, k)], whatever their labels are."""
         images = [case.stored(k)[0] for case, k in chosen]
         pairs = [(image, image, None) for image in images]
-        pairs, views = draw_windows(pairs, self.image_size, rng)
+        views = draw_windows(pairs, self.image_size, rng)
         return {"pairs": pairs, "views": views @ draw_moves(rng, len(chosen), False),
                 "looks": draw_image_task(rng, len(chosen))}
 

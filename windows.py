@@ -37,26 +37,24 @@ def window(picture, place, side):
 # Training
 
 def draw_windows(pairs, side, rng):
-    """Pairs [(image, label, valid or None)], (H, W) arrays, the task last -> (pairs, views).
+    """The views of pairs [(image, label, valid or None)], (H, W) arrays, the task last.
 
-    Where a truth is known in part only, the window holds some of it. What a label leaves as it is
-    in the image is known there, too: it is to come through unchanged.
+    Where the truth is known in part only, the window holds some of what is scored.
     """
-    place, known, views = draw_place(pairs[-1][2], side, rng), [], []
-    for image, label, valid in pairs:
-        alike = (image == label) & (label > 0)
-        known.append((image, label, valid if valid is None else valid | alike))
+    place, views = draw_place(pairs[-1][2], side, rng), []
+    for image, _, _ in pairs:
         shape = np.array(fitted(image.shape, side))
         corner = np.round(place * (shape - side))
         views.append(view_of((corner + side / 2) / shape, side / shape))
-    return known, views
+    return views
 
 
 def draw_place(valid, side, rng):
-    """A relative place anywhere, or so that the window holds a random valid pixel."""
-    if valid is None or not valid.any():
+    """A relative place anywhere, or so that the window holds a random pixel that is scored."""
+    scored = np.zeros((0, 2)) if valid is None else np.argwhere(valid == 1)
+    if not len(scored):
         return rng.random(2)
-    chosen = np.argwhere(valid)[rng.integers(valid.sum())] + rng.uniform(-0.4, 0.4, 2) * side
+    chosen = scored[rng.integers(len(scored))] + rng.uniform(-0.4, 0.4, 2) * side
     room = np.maximum(np.array(valid.shape) - side, 1)
     return np.clip((chosen - side / 2) / room, 0, 1)
 

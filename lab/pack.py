@@ -58,7 +58,7 @@ def write_case(case, chosen, folder, side):
     size = tuple(min(n, side) for n in parts[0][0].shape)
     arrays = {"image": np.stack([p[0] for p in parts]), "label": np.stack([p[1] for p in parts])}
     if parts[0][2] is not None:
-        arrays["valid"] = np.stack([p[2] for p in parts]).astype(np.uint8)
+        arrays["valid"] = np.stack([p[2] for p in parts])
     arrays = {name: shrink(stack, size) for name, stack in arrays.items()}
     arrays["image"] = (arrays["image"] // 257).astype(np.uint8)  # 65535 becomes 255
     for name, stack in arrays.items():

@@ -247,6 +247,15 @@ def bought():
     return markdown(["seen after run 6", "real", "open"], rows)
 
 
+def at_once():
+    """Every class asked for by itself, against all of them in one answer."""
+    by_one, once = results("real")["datasets"], results("all_at_once")["datasets"]
+    rows = [[TITLES[d], f"{by_one[d]['cases']} / {by_one[d]['patients']}",
+             cell(by_one[d], "mIoU"), cell(once[d], "mIoU") if d in once else NOT_RUN]
+            for d in ("acdc", "msd_hippocampus", "Dataset801_NerveUltrasound")]
+    return markdown(["mIoU", "cases / patients", "class by class", "all at once"], rows)
+
+
 def larger():
     """The same weights at other image sizes, and after more training."""
     rows = [[name, *(f"{scores[d]:.3f}" for d in UNSEEN), mean([scores[d] for d in UNSEEN])]
@@ -410,7 +419,7 @@ TABLES = {
     "bought": bought, "tricks": tricks, "speed": speed,
     "counted": counted, "sources": sources,
     "verdicts": verdicts, "isolated": isolated, "seeds": seeds, "images": images,
-    "layouts": layouts, "more prompts": more_prompts, "larger": larger,
+    "layouts": layouts, "more prompts": more_prompts, "larger": larger, "at once": at_once,
     "colors": lambda: claims({"random": "unified", "predefined": "predefined", "binary": "binary"}),
     "objectives": lambda: claims({"AR": "ar", "MIM 75%": "mim75", "MIM 50%": "mim50"}),
     "data": lambda: claims({"1%": "data1", "10%": "data10", "50%": "data50", "100%": "unified"})}

@@ -14,10 +14,12 @@ work=${WORK:-runs/results}
 five="acdc la msd_hippocampus Dataset801_NerveUltrasound Dataset802_MsT1ToFlair"
 all=$($python -c "from lab.phantom import STAND_INS; print(*STAND_INS)")
 
+asked() { [ "$only" = "  " ] || [[ "$only" == *" $1 "* ]]; }
+
 result() { # name, note, data root, flags of eval.py
     local name=$1 note=$2 root=$3
     shift 3
-    [ "$only" = "  " ] || [[ "$only" == *" $name "* ]] || return 0
+    asked "$name" || return 0
     $python eval.py --data_root "$root" --store "$work/store-$(basename "$root")" \
         --checkpoint checkpoints/demo.pt --out "$work/$name" "$@"
     $python report.py keep "$work/$name" "docs/results/$name.json" --note "$note" \
@@ -25,11 +27,17 @@ result() { # name, note, data root, flags of eval.py
 }
 
 mkdir -p "$work"
-[ -d "$work/loose" ] || $python -m lab.loose_scans --real "$real" --out "$work/loose"
-[ -d "$work/stand_ins" ] || $python -m lab.phantom --out "$work/stand_ins" --datasets $all
+if asked loose && [ ! -d "$work/loose" ]; then
+    $python -m lab.loose_scans --real "$real" --out "$work/loose"
+fi
+if asked stand_ins && [ ! -d "$work/stand_ins" ]; then
+    $python -m lab.phantom --out "$work/stand_ins" --datasets $all
+fi
 
 result real "ACDC: 50 patients of WSL4MIS; LA: crops of UA-MT; hippocampus: 60 volumes" "$real" \
     --datasets $five --wrong_prompt
+result all_at_once "The same cases as in real, every class in one answer" "$real" --no-each \
+    --datasets acdc msd_hippocampus Dataset801_NerveUltrasound
 result acdc_all "All cases; prompts are training cases of other patients" "$real" \
     --datasets acdc --split all
 result loose "One patient: every other slice prompts the rest, 3 mm away" "$work/loose" \
@@ -41,7 +49,7 @@ result all_slices "At most eight cases a dataset" "$real" --slices all --max_cas
     --datasets acdc msd_hippocampus
 result prompts "Four cases a dataset" "$real" --max_cases 4 --prompt_draws 3 --prompts 1 2 4 8 \
     --datasets acdc la msd_hippocampus Dataset801_NerveUltrasound
-if [ "$only" = "  " ] || [[ "$only" == *" cost "* ]]; then
+if asked cost; then
     $python - <<'END'
 import contextlib, datetime, io, json
 import report

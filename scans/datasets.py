@@ -46,7 +46,8 @@ class Pair:
     """An image and its label as they are stored."""
     image: Volume
     label: Volume
-    valid: np.ndarray = None  # bool, same shape: where the label has a truth; None: everywhere
+    valid: np.ndarray = None  # same shape: 1 where the label has a truth, 0 where it has none, 2
+    #                           where it is the input's and not scored; None: 1 everywhere
     problems: list = field(default_factory=list)  # what was wrong with the files and is mended
     notes: list = field(default_factory=list)     # what else was decided
     boxes: tuple = ()  # drawn into a picture (X, Y): (first x, first y, last x, last y) of each
@@ -398,13 +399,15 @@ def brats_local(folder):
 def load_inpainting(voided, whole, healthy):
     """The label is the whole image in healthy voxels and the voided input elsewhere.
 
-    Healthy voxels are the only ones with a truth: `valid`.
+    Scored are healthy voxels (1 of `valid`). Outside of the holes the truth is the input, which
+    training teaches to keep (2). The hole over the tumour has no truth (0).
     """
     pair = load_pair(voided, whole, task="inpainting")
     mask = read_volume(healthy)
     check_fit(mask, pair.image)
-    pair.valid = mask.array > 0.5
-    pair.label.array = np.where(pair.valid, pair.label.array, pair.image.array)
+    kept = pair.label.array == pair.image.array
+    pair.valid = np.where(mask.array > 0.5, 1, np.where(kept, 2, 0)).astype(np.uint8)
+    pair.label.array = np.where(pair.valid == 1, pair.label.array, pair.image.array)
     return pair
 
 

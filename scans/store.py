@@ -4,7 +4,8 @@
     <store>/<dataset>/<case>/case.json    the index: patient, split, classes of every slice, ...
     <store>/<dataset>/<case>/image.npy    (K, H, W) uint16, 0..65535 stands for 0..1
     <store>/<dataset>/<case>/label.npy    (K, H, W) uint16 likewise, or uint8 where it is classes
-    <store>/<dataset>/<case>/valid.npy    (K, H, W) uint8: where the label has a truth; often absent
+    <store>/<dataset>/<case>/valid.npy    (K, H, W) uint8, often absent: 1 where the label has a
+                                          truth, 2 where it is the input's and not scored, else 0
 
 Slices are at most 512 x 512, all the same way up. What the store has to withstand:
 
@@ -42,7 +43,7 @@ from scans.volumes import (
     DataError, guess_modality, intensity_range, odd_values, read_json, resize_images,
     resize_labels, slicing, to_unit, write_json)
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 MAX_SIDE = 512  # paper: images are resized to 512 and cropped to 448; larger slices are reduced
 TOP = 65535     # the uint16 that stands for 1
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -140,7 +141,7 @@ def shrink(stack, size):
 def shows_an_image(arrays, k):
     """Is the label of slice k an image that is not empty and has a truth somewhere?"""
     bright = arrays["label"][k] > 0.02 * TOP
-    has_truth = "valid" not in arrays or arrays["valid"][k].any()
+    has_truth = "valid" not in arrays or (arrays["valid"][k] == 1).any()
     return bright.mean() > 0.01 and has_truth
 
 
@@ -512,23 +513,25 @@ class StoredCase:
     height: float = None
 
     def stored(self, k: int) -> tuple:
-        """Slice k as it is stored: image, label, valid (bool, or None), (H, W) each.
+        """Slice k as it is stored: image, label, valid (uint8, or None), (H, W) each.
 
         A packed store (lab/pack.py) has images of 8 bits; they come as 16.
         """
         names = ["image", "label"] + ["valid"] * self.index["valid"]
         image, label, *valid = (np.load(self.folder / f"{n}.npy", mmap_mode="r")[k] for n in names)
         image = image * np.uint16(257) if image.dtype == np.uint8 else np.asarray(image)
-        return image, np.asarray(label), valid[0] > 0 if valid else None
+        return image, np.asarray(label), np.asarray(valid[0]) if valid else None
 
     def read(self, k: int) -> tuple:
-        """Slice k: image (H, W) float32 in [0, 1], label (H, W) float32, valid (H, W) bool or None.
+        """Slice k: image, label and what is scored, (H, W) each.
 
-        The label holds classes, or an image in [0, 1].
+        The image is float32 in [0, 1]; the label holds classes, or an image in [0, 1], in float32.
+        What is scored is bool, or None where all of it is.
         """
         image, label, valid = self.stored(k)
         scale = TOP if label.dtype == np.uint16 else 1
-        return image.astype(np.float32) / TOP, label.astype(np.float32) / scale, valid
+        scored = None if valid is None else valid == 1
+        return image.astype(np.float32) / TOP, label.astype(np.float32) / scale, scored
 
     def kept(self, slices: str = "foreground") -> list:
         """Numbers of the slices that count. slices: foreground | all."""

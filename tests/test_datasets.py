@@ -370,7 +370,7 @@ def test_ldct_also_reads_mayo_2016(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # BraTS
 
-def test_brats_local_has_a_truth_in_healthy_voxels_only(found, filled):
+def test_brats_local_is_scored_in_healthy_voxels_and_kept_outside_of_the_holes(found, filled):
     for case in found["brats_local"].cases:
         if case.split == "inference":
             continue
@@ -379,7 +379,11 @@ def test_brats_local_has_a_truth_in_healthy_voxels_only(found, filled):
                  for f in case.files}
         assert sorted(files) == ["mask-healthy", "t1n", "t1n-voided"]
         healthy, label = files["mask-healthy"] > 0, pair.label.array
-        assert healthy.any() and np.array_equal(pair.valid, healthy)
+        assert healthy.any() and np.array_equal(pair.valid == 1, healthy)
+        outside = files["t1n"] == files["t1n-voided"]
+        assert np.array_equal(pair.valid == 2, outside & ~healthy)
+        assert 0 < (pair.valid == 0).sum() < 0.2 * pair.valid.size  # the hole over the tumour
+        assert (files["t1n-voided"][pair.valid == 0] == 0).all()
         assert np.array_equal(label[healthy], files["t1n"][healthy])
         assert np.array_equal(label[~healthy], files["t1n-voided"][~healthy])
         assert np.array_equal(pair.image.array, files["t1n-voided"])
@@ -913,7 +917,9 @@ def test_real_brats_is_voided_in_the_mask_only(real_found):
     voided, whole, _ = real_found["brats_local"].cases[0].files
     mask = voided.with_name(voided.name.replace("t1n-voided", "mask"))
     pair = datasets.load_inpainting(voided, whole, mask)
-    assert 0 < pair.valid.mean() < 0.1 and (pair.image.array[pair.valid] == 0).all()
+    scored = pair.valid == 1
+    assert 0 < scored.mean() < 0.1 and (pair.image.array[scored] == 0).all()
+    assert (pair.valid > 0).all()  # there is no other hole
     # outside of the mask the voided image is the image
     assert np.array_equal(pair.label.array, read_volume(whole).array)
 
@@ -983,12 +989,13 @@ def test_copying_the_prompt_does_not_solve_the_stand_ins(filled):
 # ------------------------------------------------------------------------------------------------
 # What is drawn from them
 
-def test_brats_local_neither_trains_nor_scores_elsewhere(filled):
+def test_brats_local_learns_nothing_of_the_hole_over_the_tumour(filled):
     only = Store(filled.root, ["brats_local"])
     samples = context(only, 64, 16, 4, objective="ar", seed=1)
-    batch = batch_of(samples, (0, 0), (0, 1))
+    batch = batch_of(samples, *((0, i) for i in range(8)))
     labels, valid, recipe = batch.labels, batch.valid, Recipe()
     assert valid[:, 1].any() and not valid[:, 1].all()
+    assert (valid[:, 1] > 0).float().mean() > 0.5  # what is to stay as it is
     model = mvg.from_config(mvg.Config(32, 4, 2, 4, image_size=64)).eval()
 
     def loss(labels):
