@@ -46,7 +46,7 @@ class Answer:
     """The kept slices of a case and every answer to them, arrays (K, H, W)."""
     images: np.ndarray
     truth: np.ndarray
-    valid: np.ndarray | None
+    valid: np.ndarray | None    # 1 where a truth is scored, 2 where it is the input's, 0: no truth
     prompt: str                 # names of the cases that prompt it
     prompt_images: np.ndarray   # the matching slices of the first one
     prompt_labels: np.ndarray
@@ -111,11 +111,11 @@ def score(name, answer, dataset):
     prediction = answer.answers[name]
     if dataset.colored:
         if answer.valid is not None:  # elsewhere the truth is 0 as well
-            prediction = prediction * answer.valid
+            prediction = prediction * (answer.valid == 1)
         found = overlap(prediction, answer.truth, range(1, len(dataset.labels) + 1))
         return {dataset.labels[c - 1]: s for c, s in found.items()}
-    valid = [None] * len(prediction) if answer.valid is None else answer.valid
-    each = [image_scores(p, t, v) + change_scores(p, t, i)
+    valid = np.ones(prediction.shape) if answer.valid is None else answer.valid
+    each = [image_scores(p, t, v == 1) + change_scores(p, t, i, v > 0)
             for p, t, v, i in zip(prediction, answer.truth, valid, answer.images)]
     scores = {"image": tuple(known_mean(values) for values in zip(*each))}
     if dataset.task == "detection":  # a case is one picture

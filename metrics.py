@@ -95,11 +95,14 @@ def psnr(difference):
     return float(min(MAX_PSNR, -10 * np.log10(mse))) if mse > 0 else MAX_PSNR
 
 
-def change_scores(prediction, truth, image):
-    """PSNR in dB inside and outside of what changes from the image (H, W) to the truth (H, W)."""
+def change_scores(prediction, truth, image, known=True):
+    """PSNR in dB inside and outside of what changes from the image (H, W) to the truth (H, W).
+
+    known: (H, W) bool, where there is a truth; True: everywhere.
+    """
     changes = np.abs(truth - image) > CHANGE
     difference = prediction - truth
-    return psnr(difference[changes]), psnr(difference[~changes])
+    return psnr(difference[changes & known]), psnr(difference[~changes & known])
 
 
 def box_iou(a, b):

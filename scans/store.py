@@ -523,15 +523,14 @@ class StoredCase:
         return image, np.asarray(label), np.asarray(valid[0]) if valid else None
 
     def read(self, k: int) -> tuple:
-        """Slice k: image, label and what is scored, (H, W) each.
+        """Slice k: image, label and valid, (H, W) each.
 
-        The image is float32 in [0, 1]; the label holds classes, or an image in [0, 1], in float32.
-        What is scored is bool, or None where all of it is.
+        The image is float32 in [0, 1]; the label holds classes, or an image in [0, 1], in float32;
+        valid is as it is stored (uint8, or None).
         """
         image, label, valid = self.stored(k)
         scale = TOP if label.dtype == np.uint16 else 1
-        scored = None if valid is None else valid == 1
-        return image.astype(np.float32) / TOP, label.astype(np.float32) / scale, scored
+        return image.astype(np.float32) / TOP, label.astype(np.float32) / scale, valid
 
     def kept(self, slices: str = "foreground") -> list:
         """Numbers of the slices that count. slices: foreground | all."""

@@ -390,8 +390,9 @@ def test_brats_local_is_scored_in_healthy_voxels_and_kept_outside_of_the_holes(f
     for case in filled.cases["brats_local"]:
         slices = [case.read(k) for k in range(case.slices)]
         images, labels, valid = (np.stack(arrays) for arrays in zip(*slices))
-        assert np.array_equal(images[~valid], labels[~valid])  # in one scale
-        assert case.foreground == [k for k in range(case.slices) if valid[k].any()]
+        scored = valid == 1
+        assert np.array_equal(images[~scored], labels[~scored])  # in one scale
+        assert case.foreground == [k for k in range(case.slices) if scored[k].any()]
 
 
 def test_a_case_without_a_healthy_mask_is_for_inference_and_said(sixteen, tmp_path, capsys):
@@ -1009,9 +1010,9 @@ def test_brats_local_learns_nothing_of_the_hole_over_the_tumour(filled):
     assert loss(changed) != loss(labels)
 
     case = only.cases["brats_local"][0]
-    _, truth, known = case.read(case.foreground[0])
-    spoiled = np.where(known, truth, np.float32(1) - truth)
-    assert metrics.image_scores(spoiled, truth, known)[:2] == (0, metrics.MAX_PSNR)
+    _, truth, valid = case.read(case.foreground[0])
+    spoiled = np.where(valid == 1, truth, np.float32(1) - truth)
+    assert metrics.image_scores(spoiled, truth, valid == 1)[:2] == (0, metrics.MAX_PSNR)
     assert metrics.image_scores(spoiled, truth)[0] > 0.1
 
 

@@ -102,6 +102,10 @@ def test_change_is_scored_apart_by_hand_and_as_scikit_image_does():
     truth[:3], guess[:3] = 1, 0.9
     assert metrics.change_scores(guess, truth, image) == pytest.approx((20, 40))
     assert metrics.change_scores(truth, truth, image) == (metrics.MAX_PSNR, metrics.MAX_PSNR)
+    known = np.ones((12, 12), bool)
+    known[0], known[6:] = False, False
+    spoiled = np.where(known, guess, 0.5)
+    assert metrics.change_scores(spoiled, truth, image, known) == pytest.approx((20, 40))
     inside, outside = metrics.change_scores(guess, truth, truth)  # nothing changes
     assert math.isnan(inside) and outside == metrics.image_scores(guess, truth)[1]
     rng = np.random.default_rng(1)
