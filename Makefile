@@ -27,25 +27,21 @@ test-slow: .venv/done
 	$(TESTS) -m slow
 
 # The bundled checkpoint on invented subjects that it never saw: one prompt by the command line,
-# then four kinds of task before and after some fine-tuning, as one picture: runs/demo/demo.png.
+# then four kinds of task as one picture: demo/demo.png.
 DEMO_DATASETS = acdc ldct brats_local Dataset802_MsT1ToFlair
-DEMO_STEPS ?= 80
 DEMO_SCAN = demo/data/ACDC/database/testing
 
 demo: .venv/done
-	rm -rf demo runs/demo
+	rm -rf demo
 	$(BIN)/python -m lab.phantom --out demo/data --seed 1 --datasets $(DEMO_DATASETS)
 	$(BIN)/python infer.py --prompt $(DEMO_SCAN)/patient101/patient101_frame01.nii.gz \
 	    --input $(DEMO_SCAN)/patient104/patient104_frame01.nii.gz --output demo/answer.nii.gz
-	$(BIN)/python train.py --data_root demo/data --store demo/store --out runs/demo \
-	    --finetune checkpoints/demo.pt --steps $(DEMO_STEPS) --log_every 20
-	$(BIN)/python -m lab.demo --store demo/store --before checkpoints/demo.pt \
-	    --after runs/demo/last.pt --out runs/demo/demo.png
-	@echo "look at runs/demo/demo.png; the answer to the prompt is demo/answer.nii.gz"
+	$(BIN)/python -m lab.demo --data_root demo/data --store demo/store --out demo/demo.png
+	@echo "look at demo/demo.png; the answer to the prompt is demo/answer.nii.gz"
 
 # The page: http://127.0.0.1:8000
 app: .venv/done
 	$(BIN)/python app.py
 
 clean:
-	rm -rf .venv demo runs/demo .pytest_cache
+	rm -rf .venv demo .pytest_cache

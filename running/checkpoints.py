@@ -140,8 +140,8 @@ def find_checkpoint():
         return bundled
     runs = {p.resolve() for place in (Path("runs"), here / "runs") for p in place.glob("*/last.pt")}
     if not runs:
-        raise ValueError("no checkpoint in checkpoints/ or runs/*/last.pt: train one (make demo), "
-                        "or pass --checkpoint")
+        raise ValueError("no checkpoint in checkpoints/ or runs/*/last.pt: "
+                         "train one (runs/cpu.sh), or pass --checkpoint")
     return max(runs, key=lambda p: p.stat().st_mtime)
 
 

@@ -397,17 +397,16 @@ def brats_local(folder):
 
 
 def load_inpainting(voided, whole, healthy):
-    """The label is the whole image in healthy voxels and the voided input elsewhere.
+    """The label is the whole image: every hole of the input is filled in a prompt.
 
     Scored are healthy voxels (1 of `valid`). Outside of the holes the truth is the input, which
-    training teaches to keep (2). The hole over the tumour has no truth (0).
+    training teaches to keep (2). Over the tumour no healthy truth is known: no loss there (0).
     """
     pair = load_pair(voided, whole, task="inpainting")
     mask = read_volume(healthy)
     check_fit(mask, pair.image)
     kept = pair.label.array == pair.image.array
     pair.valid = np.where(mask.array > 0.5, 1, np.where(kept, 2, 0)).astype(np.uint8)
-    pair.label.array = np.where(pair.valid == 1, pair.label.array, pair.image.array)
     return pair
 
 
