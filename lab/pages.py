@@ -19,7 +19,7 @@ from scans.volumes import DataError, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "checkpoints/README.md", "docs/results/README.md", "docs/claims.md",
-         "docs/study.md", "docs/speed.md", "docs/prompting.md")
+         "docs/study.md", "docs/speed.md", "docs/prompting.md", "docs/training.md")
 BLOCK = re.compile(r"<!-- table: ([\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
 NOT_RUN = "not run"
 TITLES = {"acdc": "ACDC, heart MRI", "la": "LA 2018, MRI", "msd_hippocampus": "hippocampus, MRI",
@@ -256,6 +256,18 @@ def at_once():
     return markdown(["mIoU", "cases / patients", "class by class", "all at once"], rows)
 
 
+def finetuned():
+    """The bundled file before and after fine-tuning on a dataset's own training cases."""
+    before, rows = results("real")["datasets"], []
+    for d in ("msd_hippocampus", "acdc"):
+        after = results(f"finetuned_{d}")["datasets"].get(d)
+        rows.append([TITLES[d], f"{before[d]['cases']} / {before[d]['patients']}",
+                     *(cell(before[d], m) for m in ("mIoU", "Dice")),
+                     *(cell(after, m) if after else NOT_RUN for m in ("mIoU", "Dice"))])
+    return markdown(["", "test cases / patients", "mIoU before", "Dice before", "mIoU after",
+                     "Dice after"], rows)
+
+
 def larger():
     """The same weights at other image sizes, and after more training."""
     rows = [[name, *(f"{scores[d]:.3f}" for d in UNSEEN), mean([scores[d] for d in UNSEEN])]
@@ -420,6 +432,7 @@ TABLES = {
     "counted": counted, "sources": sources,
     "verdicts": verdicts, "isolated": isolated, "seeds": seeds, "images": images,
     "layouts": layouts, "more prompts": more_prompts, "larger": larger, "at once": at_once,
+    "finetuned": finetuned,
     "colors": lambda: claims({"random": "unified", "predefined": "predefined", "binary": "binary"}),
     "objectives": lambda: claims({"AR": "ar", "MIM 75%": "mim75", "MIM 50%": "mim50"}),
     "data": lambda: claims({"1%": "data1", "10%": "data10", "50%": "data50", "100%": "unified"})}

@@ -3,7 +3,7 @@
 #   bash runs/results.sh REAL [NAME ...]     NAME: only these
 # REAL: a data root with ACDC, LA, MSD Hippocampus, a nerve ultrasound set, T1 to FLAIR, DeepLesion,
 # and what lab/loose_scans.py reads. A stopped evaluation goes on from its last case.
-# Time: about two hours on one core, half of it for `prompts`.
+# Time: about three hours on one core, a third of it for `prompts`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 real=$1
@@ -21,7 +21,7 @@ result() { # name, note, data root, flags of eval.py
     shift 3
     asked "$name" || return 0
     $python eval.py --data_root "$root" --store "$work/store-$(basename "$root")" \
-        --checkpoint checkpoints/demo.pt --out "$work/$name" "$@"
+        --checkpoint "${checkpoint:-checkpoints/demo.pt}" --out "$work/$name" "$@"
     $python report.py keep "$work/$name" "docs/results/$name.json" --note "$note" \
         --command "bash runs/results.sh REAL $name"
 }
@@ -38,6 +38,15 @@ result real "ACDC: 50 patients of WSL4MIS; LA: crops of UA-MT; hippocampus: 60 v
     --datasets $five --wrong_prompt
 result all_at_once "The same cases as in real, every class in one answer" "$real" --no-each \
     --datasets acdc msd_hippocampus Dataset801_NerveUltrasound
+for set in msd_hippocampus acdc; do  # what a user's own training cases add
+    name=finetuned_$set
+    if asked $name && [ ! -f "$work/$name-run/last.pt" ]; then
+        $python train.py --data_root "$real" --store "$work/store-$(basename "$real")" \
+            --datasets $set --finetune checkpoints/demo.pt --steps 150 --out "$work/$name-run"
+    fi
+    checkpoint="$work/$name-run/last.pt" result $name "150 steps of 16 on its training cases" \
+        "$real" --datasets $set
+done
 result acdc_all "All cases; prompts are training cases of other patients" "$real" \
     --datasets acdc --split all
 result loose "One patient: every other slice prompts the rest, 3 mm away" "$work/loose" \
