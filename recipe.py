@@ -121,10 +121,10 @@ FLAGS = ("datasets model image_size layout init objective coloring mask_ratio nu
          "seg_share mim_share data_fraction cases augment synthetic_share batch_size accumulate "
          "lr optimizer seed validate_cases").split()
 # --finetune takes the first from its model, and the second, as the image's side, unless something
-# else is asked for.
+# else is asked for. What adds other tasks to a broad training begins anew: augment, superpixels.
 OF_THE_MODEL = "model layout positions qk_norm gate drop_path init".split()
 OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring loss mask_loss beta "
-                 "background_weight boxes augment superpixels optimizer average").split()
+                 "background_weight boxes optimizer average").split()
 
 
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,
@@ -156,7 +156,7 @@ def make_parser():
     add("--resume", nargs="?", const="", metavar="CKPT",
         help="go on from the last.pt of --out, or from this one")
     add("--finetune", metavar="CKPT",
-        help="start from this model and its recipe, with --steps 300 and --lr 3e-4")
+        help="start from this model, with its way of learning and --steps 300")
     add("--device", help="cpu, mps, cuda ... (default: the best there is)")
     add("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, else 0)")
     add("--recompute", action=argparse.BooleanOptionalAction,
@@ -248,4 +248,4 @@ def finetuned_recipe(path, changes):
     if "classes" in saved["config"] and "image_size" in changes:
         raise DataError(f"--finetune takes the U-Net of {path} as it is: drop --image_size")
     prompts = f"1-{saved['config'].get('max_prompts', 1)}"
-    return Recipe(**{**before, "lr": 3e-4, "num_prompts": prompts, **changes})
+    return Recipe(**{**before, "num_prompts": prompts, **changes})
