@@ -268,6 +268,12 @@ def finetuned():
                      "Dice after"], rows)
 
 
+def finetuning():
+    """Ways of fine-tuning on MSD hippocampus."""
+    return markdown(["150 steps of 16", "mIoU of 12 test cases"],
+                    [[name, cell(r, "mIoU")] for name, r in results("finetuning")["runs"].items()])
+
+
 def larger():
     """The same weights at other image sizes, and after more training."""
     rows = [[name, *(f"{scores[d]:.3f}" for d in UNSEEN), mean([scores[d] for d in UNSEEN])]
@@ -432,7 +438,7 @@ TABLES = {
     "counted": counted, "sources": sources,
     "verdicts": verdicts, "isolated": isolated, "seeds": seeds, "images": images,
     "layouts": layouts, "more prompts": more_prompts, "larger": larger, "at once": at_once,
-    "finetuned": finetuned,
+    "finetuned": finetuned, "finetuning": finetuning,
     "colors": lambda: claims({"random": "unified", "predefined": "predefined", "binary": "binary"}),
     "objectives": lambda: claims({"AR": "ar", "MIM 75%": "mim75", "MIM 50%": "mim50"}),
     "data": lambda: claims({"1%": "data1", "10%": "data10", "50%": "data50", "100%": "unified"})}

@@ -21,7 +21,7 @@ mkdir -p "$work"
 score liver msd_liver "$checkpoint"
 for organ in spleen lung; do
     score $organ msd_$organ "$checkpoint"
-    $python train.py --data_root "$data" --store "$work/store" --datasets msd_$organ --cases 1 \
-        --finetune "$checkpoint" --steps "$steps" --out "$work/$organ"
+    $python train.py --data_root "$data" --store "$work/store" --datasets msd_$organ \
+        --cases 1 --augment 1 --finetune "$checkpoint" --steps "$steps" --out "$work/$organ"
     score ${organ}_one msd_$organ "$work/$organ/last.pt"
 done
