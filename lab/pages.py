@@ -346,8 +346,11 @@ def each(run):
 
 
 def verdicts():
-    """Every claim of the paper on segmentation: on which sets the paired difference is not 0."""
-    asked = (("unified ahead of isolated", "5", "unified", each("isolated")),
+    """Every claim of the paper on segmentation: on which sets the paired difference is not 0.
+
+    A set counts where the better run is ahead of copying.
+    """
+    asked = (("unified ahead of isolated (an eighth of the steps)", "5", "unified", each("isolated")),
              ("random ahead of predefined colors", "4", "unified", "predefined"),
              ("random ahead of binary colors", "4", "unified", "binary"),
              ("AR ahead of MIM on segmentation", "6", "ar", "mim75"),
@@ -359,7 +362,8 @@ def verdicts():
         if any(None in pair for pair in pairs.values()):
             rows.append([title, table, "", "", NOT_RUN])
             continue
-        spans = {d: paired(*(r["case_scores"] for r in pair)) for d, pair in pairs.items()}
+        spans = {d: paired(*(r["case_scores"] for r in pair)) for d, pair in pairs.items()
+                 if max(r["mIoU"] for r in pair) > pair[0]["copy"]["mIoU"]}
         for_it = [TITLES[d] for d, (low, high) in spans.items() if low > 0]
         against = [TITLES[d] for d, (low, high) in spans.items() if high < 0]
         verdict = ("holds here" if for_it and not against else
