@@ -66,9 +66,12 @@ def test_what_is_missing_was_not_run(tmp_path, monkeypatch):
 
 def test_verdicts_follow_the_intervals(tmp_path, monkeypatch):
     """ACDC is ahead in every case, the others in one of two; then LA is behind as well."""
-    def run(name, **scores):
+    def run(name, copied=0.3, **scores):
         each = {d: {"case_scores": {c: [c, v] for c, v in zip("ab", scores.get(d, (0.4, 0.6)))}}
                 for d in pages.MASKS}
+        for d, scored in each.items():
+            values = [value for _, value in scored["case_scores"].values()]
+            scored |= {"mIoU": sum(values) / 2, "copy": {"mIoU": copied}}
         (tmp_path / f"docs/claims/{name}.json").write_text(json.dumps({"datasets": each}))
 
     (tmp_path / "docs/claims").mkdir(parents=True)
@@ -84,6 +87,8 @@ def test_verdicts_follow_the_intervals(tmp_path, monkeypatch):
     assert pages.paired({"a": ["p", 0.5], "b": ["q", 0.7]}, {"a": ["p", 0.4], "b": ["q", 0.4]}) == \
         pytest.approx([0.1, 0.3])
     assert "|  | LA 2018, MRI | does not hold here |" in pages.verdicts()
+    run("ar", copied=0.76)  # no run is ahead of copying: no set counts
+    assert "does not hold" not in pages.verdicts() and "cannot be told" in pages.verdicts()
 
 
 def test_a_result_is_kept_with_where_it_comes_from(tmp_path):
