@@ -27,11 +27,11 @@ result() { # name, note, data root, flags of eval.py
 }
 
 mkdir -p "$work"
-if asked loose && [ ! -d "$work/loose" ]; then
-    $python -m lab.loose_scans --real "$real" --out "$work/loose"
+if asked loose && [ ! -d "$work/data/loose" ]; then
+    $python -m lab.loose_scans --real "$real" --out "$work/data/loose"
 fi
-if asked stand_ins && [ ! -d "$work/stand_ins" ]; then
-    $python -m lab.phantom --out "$work/stand_ins" --datasets $all
+if asked stand_ins && [ ! -d "$work/data/stand_ins" ]; then
+    $python -m lab.phantom --out "$work/data/stand_ins" --datasets $all
 fi
 
 result real "ACDC: 50 patients of WSL4MIS; LA: crops of UA-MT; hippocampus: 60 volumes" "$real" \
@@ -49,11 +49,11 @@ for set in msd_hippocampus acdc; do  # what a user's own training cases add
 done
 result acdc_all "All cases; prompts are training cases of other patients" "$real" \
     --datasets acdc --split all
-result loose "One patient: every other slice prompts the rest, 3 mm away" "$work/loose" \
+result loose "One patient: every other slice prompts the rest, 3 mm away" "$work/data/loose" \
     --split all --wrong_prompt
 result boxes "Ten pictures of two patients" "$real" --datasets deeplesion --max_cases 10
 result stand_ins "Other subjects of the kinds that it was trained on; two cases a dataset" \
-    "$work/stand_ins" --max_cases 2
+    "$work/data/stand_ins" --max_cases 2
 result all_slices "At most eight cases a dataset" "$real" --slices all --max_cases 8 \
     --datasets acdc msd_hippocampus
 result prompts "Four cases a dataset" "$real" --max_cases 4 --prompt_draws 3 --prompts 1 2 4 8 \
