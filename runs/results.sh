@@ -26,7 +26,7 @@ result() { # name, note, data root, flags of eval.py
         --command "bash runs/results.sh REAL $name"
 }
 
-mkdir -p "$work"
+mkdir -p "$work/data"
 if asked loose && [ ! -d "$work/data/loose" ]; then
     $python -m lab.loose_scans --real "$real" --out "$work/data/loose"
 fi
