@@ -65,30 +65,56 @@ def test_what_is_missing_was_not_run(tmp_path, monkeypatch):
 
 
 def test_verdicts_follow_the_intervals(tmp_path, monkeypatch):
-    """ACDC is ahead in every case, the others in one of two; then LA is behind as well."""
-    def run(name, copied=0.3, **scores):
-        each = {d: {"case_scores": {c: [c, v] for c, v in zip("ab", scores.get(d, (0.4, 0.6)))}}
+    """ACDC is ahead in every case, the others in some and behind in some; LA is then behind."""
+    def run(name, copied=0.3, patients="abcde", **scores):
+        each = {d: {"case_scores": {c: [c, v] for c, v in
+                                    zip(patients, scores.get(d, (0.4, 0.5, 0.6, 0.5, 0.5)))}}
                 for d in pages.MASKS}
         for d, scored in each.items():
             values = [value for _, value in scored["case_scores"].values()]
-            scored |= {"mIoU": sum(values) / 2, "copy": {"mIoU": copied}}
+            scored |= {"mIoU": sum(values) / len(values), "copy": {"mIoU": copied}}
         (tmp_path / f"docs/claims/{name}.json").write_text(json.dumps({"datasets": each}))
+
+    def row(start="AR ahead"):
+        return next(line.strip("| ").split(" | ") for line in pages.verdicts().splitlines()
+                    if line.startswith("| " + start))
 
     (tmp_path / "docs/claims").mkdir(parents=True)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    run("ar", acdc=(0.5, 0.8))
-    run("mim75", msd_hippocampus=(0.5, 0.5))
-    verdict = {line.split(" | ")[0].strip("| "): line for line in pages.verdicts().splitlines()}
-    assert verdict["AR ahead of MIM on segmentation"].endswith(
-        "| ACDC, heart MRI |  | holds here |")
-    run("mim75", la=(0.7, 0.8))
-    assert "| LA 2018, MRI | cannot be told |" in pages.verdicts()
-    run("ar")
-    assert pages.paired({"a": ["p", 0.5], "b": ["q", 0.7]}, {"a": ["p", 0.4], "b": ["q", 0.4]}) == \
-        pytest.approx([0.1, 0.3])
-    assert "|  | LA 2018, MRI | does not hold here |" in pages.verdicts()
-    run("ar", copied=0.76)  # no run is ahead of copying: no set counts
-    assert "does not hold" not in pages.verdicts() and "cannot be told" in pages.verdicts()
+    run("ar", acdc=(0.7,) * 5)
+    run("mim75", acdc=(0.5,) * 5, msd_hippocampus=(0.5,) * 5)
+    assert row()[2:] == ["ACDC [+0.20, +0.20]", "", "", "holds here"]
+    run("mim75", acdc=(0.5,) * 5, la=(0.6, 0.7, 0.8, 0.7, 0.7))
+    assert row()[2:4] == ["ACDC [+0.20, +0.20]", "LA 2018 [-0.20, -0.20]"]
+    assert row()[-1] == "cannot be told"
+    run("ar", acdc=(0.5,) * 5)
+    assert row()[2] == "" and row()[-1] == "does not hold here"
+    run("ar", copied=0.85)  # copying is ahead of both everywhere
+    assert row()[4].startswith("ACDC (copying is ahead of both, +0.00); LA 2018 (copying is ahead")
+    assert row()[2:4] == ["", ""] and row()[-1] == "cannot be told"
+    run("ar", patients="abcd", acdc=(0.7,) * 4)  # too few
+    assert row()[4].startswith("ACDC (4 patients); LA 2018 (4 patients)")
+    assert row()[2:4] == ["", ""] and row()[-1] == "cannot be told"
+
+
+def test_verdicts_average_the_seeds(tmp_path, monkeypatch):
+    def run(name, value):
+        scored = {"case_scores": {c: [c, value] for c in "abcde"}, "mIoU": value,
+                  "copy": {"mIoU": 0.1}}
+        (tmp_path / f"docs/claims/{name}.json").write_text(
+            json.dumps({"datasets": {d: scored for d in pages.MASKS}}))
+
+    (tmp_path / "docs/claims").mkdir(parents=True)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    for name, value in {"unified": 0.5, "unified-seed1": 0.2, "unified-seed2": 0.2,
+                        "predefined": 0.4}.items():
+        run(name, value)
+    assert pages.over_seeds(["unified", "unified-seed1", "unified-seed2"], "la") == {
+        "mIoU": pytest.approx(0.3), "copied": 0.1,
+        "cases": {c: [c, pytest.approx(0.3)] for c in "abcde"}}
+    assert "ACDC [-0.10, -0.10]; " in pages.verdicts()
+    assert pages.over_seeds(["unified", "unified-seed3"], "la")["mIoU"] == pytest.approx(0.5)
+    assert pages.over_seeds(["not run"], "la") is None
 
 
 def test_a_result_is_kept_with_where_it_comes_from(tmp_path):
