@@ -56,7 +56,7 @@ def wrong_prompts(images, labels, dataset, other=None):
     empty           no answer at all: no class is shown but all are asked for, or a black image
     """
     prompts = {} if other is None else {"other_dataset": (other, None)}
-    classes = np.unique(labels)[1:] if dataset.colored else ()
+    classes = np.setdiff1d(labels, [0]) if dataset.colored else ()
     if len(classes) > 1:
         following = np.arange(256, dtype=np.uint8)
         following[classes] = np.roll(classes, -1)

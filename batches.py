@@ -4,7 +4,7 @@ The loader (data.py) reads slices as they are stored, and draws numbers with num
 makes pixels of them, in batched torch on the training device: as many kernels for a thousand
 samples as for one. Two words are used throughout:
 
-    view    an affine map (2, 3) from the model's square to a slice: a crop, a window,
+    view    an affine map (3, 3) from the model's square to a slice: a crop, a window,
             zoomed, turned and mirrored. Both squares are [-1, 1], x before y
     look    what a scanner makes of an anatomy: contrast, texture, blur, bias field, noise. A region
             map (lab/synthetic.py) is rendered, a slice gets another contrast. A sample of masks has
@@ -36,7 +36,7 @@ KNOTS = 16    # segments of a curve of intensities
 TISSUES = 64  # of a region map, at most
 ALL = np.arange(MAX_CLASSES)
 WANTED = (1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 12)  # how many classes a task asks for
-# Bumps of the random fields along a side, least and most: two of the warp, texture, bias, holes
+# Bumps of the random fields along a side, from and below: two of the warp, texture, bias, holes
 CELLS = (5, 5, 9, 5, 5), (10, 10, 28, 6, 10)
 TEXTURE, BIAS, HOLES = 2, 3, 4  # the random fields of a pair; the first two are its warp
 
@@ -58,7 +58,7 @@ class Batch:
 # Numbers, drawn by the loader
 
 def view_of(centre, share):
-    """The view of a window: its centre and its sides (y, x), in shares of the slice."""
+    """The view (3, 3) of a window: its centre and its sides (y, x), in shares of the slice."""
     (y, x), (height, width) = centre, share
     return np.array([[width, 0, 2 * x - 1], [0, height, 2 * y - 1], [0, 0, 1]])
 
@@ -154,8 +154,8 @@ def draw_noise(rng, strength):
     kind = rng.integers(3)
     grain = rng.choice([0, 0, 0.5, 1])  # how much of it is shared with a neighbour
     strength = strength / (1 + grain ** 2)
-    return {"noise": np.where([kind < 2, kind == 1, kind == 2], [1, 1, 3], 0) * strength,
-            "grain": grain}
+    white_rician_speckle = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 3]])[kind]
+    return {"noise": white_rician_speckle * strength, "grain": grain}
 
 
 def draw_image_task(rng, S, contrast=None, again=None):
@@ -194,7 +194,7 @@ def draw_rest(rng, S, size, colored):
 
     allowed     (256,) bool: the classes that may be asked for
     wanted      at most so many of them; joined: so many more share the gray of the first
-    swapped     1: black and white change places
+    swapped     1: every gray g becomes 1 - g
     sizes       classes of which every pair shows so many pixels, least and most, come first
     regions     is the label sampled as classes are?
     endless     goes what is at the edge of a slice on outside?
@@ -216,14 +216,14 @@ class Slices:
     valid: torch.Tensor | None  # likewise, uint8: None where all labels have a truth
     views: torch.Tensor   # (B, S, 2, 3): in [-1, 1] of the padded slices
     ends: torch.Tensor    # (B, S, 2, 2): where the slices start and end in them, x and y
-    levels: torch.Tensor  # (l, B, S): 1 / 65535 where a slice is halved so often before, else 0
+    levels: torch.Tensor  # (l, B, S): 1 / 65535 at the number of halvings of a slice, else 0
     rest: dict            # of tensors (B, ...): what is drawn for every sample
     looks: dict | None    # of tensors (L, ...), those of images first; `sample` says of which
     images_shown: int     # how many looks are of images
     masks: bool           # are any labels masks or region maps?
     pictures: bool        # are any labels images?
     bends: bool           # is any view elastic?
-    leaves: bool          # does any view leave its slice?
+    leaves: bool          # may any view leave its slice?
     colors: bool          # is any sample colored?
 
     @classmethod
@@ -237,19 +237,18 @@ class Slices:
             valid = np.ones((len(pairs), *most), np.uint8)
         images, labels = np.empty((2, len(pairs), *most), np.uint16)
         for i, (image, label, known) in enumerate(pairs):
-            rows, columns = image.shape
             fill(images[i], image)
             fill(labels[i], label)
             if known is not None:
                 fill(valid[i], known)
-        share = (sizes / most)[:, ::-1]  # x before y
+        filled = (sizes / most)[:, ::-1]  # the share of the padded square, x before y
         views = np.concatenate([sample["views"][:, :2] for sample in samples])
-        reach = abs(views[:, :, :2]).sum(2) + abs(views[:, :, 2])
-        views = views * share[:, :, None]
-        views[:, :, 2] += (1 + 1e-6) * share - 1  # between two pixels the second one is nearer
-        steps = np.sqrt(abs(np.linalg.det(views[:, :, :2])) * most.prod())  # stored pixels a side
-        level = np.log2(np.maximum(steps / samples[0]["size"], 1)).round().clip(0, 2)
-        ends = np.stack([share * 0 - 1, 2 * share - 1], -2)
+        farthest = abs(views[:, :, :2]).sum(2) + abs(views[:, :, 2])  # 1: the slice's edge
+        views = views * filled[:, :, None]
+        views[:, :, 2] += (1 + 1e-6) * filled - 1  # 1e-6: a tie goes to the second pixel
+        side = np.sqrt(abs(np.linalg.det(views[:, :, :2])) * most.prod())  # in stored pixels
+        halvings = np.log2(np.maximum(side / samples[0]["size"], 1)).round().clip(0, 2)
+        ends = np.stack([filled * 0 - 1, 2 * filled - 1], -2)
         ends[np.repeat([sample["endless"] for sample in samples], len(pairs) // B)] = [[-9], [9]]
         looks = [{**look, "sample": i} for part in (0, 1) for i, sample in enumerate(samples)
                  for look in sample["looks"][part:part + 1]]  # those of images first
@@ -259,15 +258,15 @@ class Slices:
                      ends=np.float32(ends))
         parts = {k: v if v is None else torch.from_numpy(v).unflatten(0, (B, -1))
                  for k, v in parts.items()}
-        levels = np.float32([(level == i) / TOP for i in range(int(level.max()) + 1)])
+        levels = np.float32([(halvings == i) / TOP for i in range(int(halvings.max()) + 1)])
+        bends = any(sample["bend"] > 0 for sample in samples)
         masks = [bool(sample["regions"]) for sample in samples]
         return cls(**parts, rest=default_collate(rest),
                    levels=torch.from_numpy(levels).unflatten(1, (B, -1)),
                    looks=stack_looks(looks, samples[0]["size"]),
                    images_shown=sum(len(sample["looks"]) > 0 for sample in samples),
                    masks=any(masks), pictures=not all(masks),
-                   bends=any(sample["bend"] > 0 for sample in samples),
-                   leaves=bool((reach > 1 + 1e-6).any()),
+                   bends=bends, leaves=bends or bool((farthest > 1 + 1e-6).any()),
                    colors=any(sample["colored"] for sample in samples))
 
     def change(self, function):
@@ -373,8 +372,8 @@ def sample_views(s, size, fields):
     """
     B, S = s.views.shape[:2]
     line = constants(size, s.views.device).line
-    x, y, one = s.views.flatten(0, 1)[..., None].unbind(2)          # (B S, 2, 1) each
-    grid = torch.addcmul(one, x, line)[..., None, :] + (y * line)[..., None]  # (B S, 2, H, W)
+    across, down, centre = s.views.flatten(0, 1)[..., None].unbind(2)  # (B S, 2, 1) each
+    grid = torch.addcmul(centre, across, line)[..., None, :] + (down * line)[..., None]
     if s.bends:
         bend = s.rest["bend"][:, None, None, None, None]
         grid = torch.addcmul(grid.view_as(fields[:, :, :2]), fields[:, :, :2], bend).view_as(grid)
@@ -481,7 +480,7 @@ def choose_palettes(s, labels, recipe):
     asked = (area[:, :-1].amax(1) > 0) & rest["allowed"]
     least, most = rest["sizes"][:, :, None].unbind(1)
     low, high = area.aminmax(dim=1)
-    order = rest["order"] + ((low < least) | (high > most))
-    palettes = draw_palettes(asked, (order, rest["sums"]), recipe.coloring, rest["wanted"],
+    keys = rest["order"] + ((low < least) | (high > most))
+    palettes = draw_palettes(asked, (keys, rest["sums"]), recipe.coloring, rest["wanted"],
                              rest["joined"], rest["offset"])
     return (palettes - rest["swapped"][:, None]).abs()

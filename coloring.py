@@ -53,8 +53,8 @@ def draw_palettes(asked, keys, coloring, wanted=None, joined=None, offset=None):
     """
     if coloring not in COLORINGS:
         raise ValueError(f"coloring is {coloring!r}: choose one of {', '.join(COLORINGS)}")
-    order, sums = keys
-    rank = order.masked_fill(~asked, 9.0).argsort(1).argsort(1)  # those asked for come first
+    keys, sums = keys
+    rank = keys.masked_fill(~asked, torch.inf).argsort(1).argsort(1)  # 0: least key of those asked
     if wanted is not None:
         asked = asked & (rank < wanted[:, None])
     if joined is not None:
@@ -66,8 +66,8 @@ def draw_palettes(asked, keys, coloring, wanted=None, joined=None, offset=None):
         return (offset[:, :1] + number - 1) / offset[:, 1:] * asked
     n = asked.sum(1, keepdim=True)
     gap = (0.7 / n).clamp(max=0.2)
-    room = sums[:, :-1] / sums.gather(1, n) * (1 - n * gap)  # n uniform numbers, in order
-    return torch.addcmul(room, gap, number).gather(1, rank) * asked
+    uniform = sums[:, :-1] / sums.gather(1, n)  # the first n: uniform in [0, 1], ascending
+    return torch.addcmul(uniform * (1 - n * gap), gap, number).gather(1, rank) * asked
 
 
 def draw_keys(rng):

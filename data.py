@@ -128,11 +128,13 @@ class ContextSamples(Dataset):
         if name == SYNTHETIC and self.cases and not colored and rng.random() < 0.5:
             source = rng.choice(sorted(self.cases))  # an image task that is made of real slices
         if source == SYNTHETIC:
-            sample = synthetic.draw_sample(self.pool, prompts + 1, colored, rng)
+            sample = synthetic.draw_sample(self.pool, self.image_size, prompts + 1, colored, rng)
         else:
             slices = self.slices[source]
             case, k = (int(v) for v in slices[rng.integers(len(slices))])
-            chosen = [self.draw_prompt(source, case, k, rng) for _ in range(prompts)]
+            chosen = []
+            for _ in range(prompts):
+                chosen.append(self.draw_prompt(source, case, k, rng, shown=chosen))
             chosen.append((self.cases[source][case], k))
             try:
                 sample = self.read(source, chosen, colored, rng) if source == name else \
@@ -145,7 +147,8 @@ class ContextSamples(Dataset):
         sample = {**draw_rest(rng, prompts + 1, self.image_size, colored), **sample,
                   "offset": np.float32([offsets.get(name, 0), total]),
                   "drop": rng.random((self.depth, 2), dtype=np.float32),
-                  "drawn": np.array([self.names.index(source), case, k])}
+                  "drawn": np.array([self.names.index(name),
+                                     *((case, k) if source == name else (step, i))])}
         if objective == "mim":
             tokens = (self.image_size // self.patch) ** 2
             sample["hidden"] = draw_hidden(rng, tokens, self.recipe.mask_ratio,
@@ -158,17 +161,19 @@ class ContextSamples(Dataset):
         with torch.autocast(slices.images.device.type, enabled=False):  # pixels are float32
             return make_batch(slices, self.image_size, self.recipe, int(key))
 
-    def draw_prompt(self, name, case, k, rng, jitter=0.05):
+    def draw_prompt(self, name, case, k, rng, jitter=0.05, shown=()):
         """A prompt for slice k of a training case: (stored case, slice), of another patient.
 
         Ours: the paper says how to prompt at inference only. The slice with foreground nearest to
         the same relative height, plus jitter, among those that share a class with slice k, if any
-        does. A dataset with a single case prompts it with another slice of itself.
+        does. A single case prompts itself, with another slice where one shares a class.
+        shown: prompts that the sample has already; other patients come first.
         """
         cases, target = self.cases[name], self.cases[name][case]
-        others = prompt_cases(cases, target)
-        others = others or [c for c in cases if c.kind == target.kind and c is not target]
-        others = others or [target]
+        others = prompt_cases(cases, target) or [
+            c for c in cases if c.kind == target.kind and c is not target] or [target]
+        seen = [c.patient for c, _ in shown]
+        others = [c for c in others if c.patient not in seen] or others
         prompt = others[rng.integers(len(others))]
         height = (k + 0.5) / target.slices + rng.uniform(-jitter, jitter)
         wanted = set(target.classes[k])
@@ -186,13 +191,13 @@ class ContextSamples(Dataset):
         if self.fills_boxes(name):
             pairs = [(image, boxes.fill(case.index["boxes"], image.shape), valid)
                      for (image, _, valid), (case, _) in zip(pairs, chosen)]
-        views, alone = [np.eye(3)] * S, all(case is chosen[-1][0] for case, _ in chosen)
+        alone = all(case is chosen[-1][0] for case, _ in chosen)
         changed = recipe.augment and rng.random() < recipe.augment
         if colored and recipe.superpixels and rng.random() < recipe.superpixels:
             image, alone, changed = pairs[-1][0], True, True  # the slice prompts itself
             pairs = [(image, synthetic.superpixels(image, rng), None)] * S
         if colored:
-            views = [view @ draw_crop(self.image_size, rng) for view in views]
+            views = [draw_crop(self.image_size, rng) for _ in pairs]
         else:
             views = draw_windows(pairs, self.image_size, rng)  # ours: at full resolution
         if changed:

@@ -33,6 +33,7 @@ from metrics import (KINDS, WRONG, box_scores, change_scores, false_alarms, imag
 from predict import Options, answer_stack
 from prompts import choose_prompts, score_draws
 from running.checkpoints import find_checkpoint, load_checkpoint, pick_device
+from running.ranks import PATIENCE
 from scans import boxes
 from scans.store import Store, default_store, open_store
 from scans.volumes import DataError, command_line, write_json
@@ -130,7 +131,7 @@ def score(name, answer, dataset):
 
 @dataclass
 class Settings:
-    """What an evaluation asks for; the same in every line of its ledger."""
+    """What an evaluation asks for; the first line of its ledger."""
     slices: str = "foreground"
     seed: int = 0
     prompts: int = 1
@@ -163,7 +164,8 @@ def make_parser():
     add("--prompts", type=int, nargs="+", default=[1],
         help="training cases shown (paper: 1); several numbers with --prompt_draws")
     add("--prompt_draws", type=int, help="score under so many random prompts, and the most alike")
-    add("--looks", type=int, choices=(1, 2), help="2: again from near (default: as --each)")
+    add("--looks", type=int, choices=(1, 2),
+        help="2: again from near (default: where training knew binary colors)")
     add("--each", action=argparse.BooleanOptionalAction,
         help="ask for one class at a time (default: where training knew binary colors)")
     add("--votes", type=int, default=1, help="answers averaged, under other colors (paper: 1)")
@@ -188,14 +190,21 @@ def main(argv=None):
         value = min(value) if isinstance(value, list) else value
         if value is not None and value < least:
             raise DataError(f"--{name} is {value}: it must be at least {least}")
-    if args.prompt_draws:
-        return score_draws(args, Evaluation)
-    if len(args.prompts) > 1:
+    if len(args.prompts) > 1 and not args.prompt_draws:
         raise DataError("--prompts takes several numbers with --prompt_draws alone")
-    args.prompts = args.prompts[0]
-    evaluation = Evaluation(args)
-    evaluation.score_cases()
-    return evaluation.write_results() if evaluation.rank == 0 else None
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if distributed:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    if args.prompt_draws:
+        results = score_draws(args, Evaluation)
+    else:
+        args.prompts = args.prompts[0]
+        evaluation = Evaluation(args)
+        evaluation.score_cases()
+        results = evaluation.write_results() if evaluation.rank == 0 else None
+    if distributed:
+        dist.destroy_process_group()
+    return results
 
 
 class Evaluation:
@@ -205,8 +214,6 @@ class Evaluation:
         self.args, self.start = args, time.time()
         self.rank = int(os.environ.get("RANK", 0))
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
-        if self.ranks > 1:
-            dist.init_process_group("gloo")
         self.checkpoint = Path(args.checkpoint or find_checkpoint())
         device, reason = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
         self.model = unet.load_any(self.checkpoint, device)
@@ -283,8 +290,6 @@ class Evaluation:
             with open(self.ledger, "a") as file:  # one write, so that processes do not mix theirs
                 file.write(json.dumps(line) + "\n")
         self.wait()
-        if self.ranks > 1:
-            dist.destroy_process_group()
 
     def answer(self, name, case_name, others=None):
         return answer_case(self.model, self.todo[name, case_name], self.training[name],

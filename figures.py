@@ -195,7 +195,7 @@ def draw_overlay(path, stack, answer, segmentation, columns=5):
     rows, columns = -(-len(shown) // columns), min(columns, len(shown))
     figure, axes = pyplot().subplots(rows, columns, figsize=(2.2 * columns, 2.3 * rows),
                                      squeeze=False)
-    classes = np.unique(answer)[1:] if segmentation else ()
+    classes = np.setdiff1d(answer, [0]) if segmentation else ()
     for axis in axes.flat:
         axis.axis("off")
     for axis, k in zip(axes.flat, shown):

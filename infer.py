@@ -104,7 +104,6 @@ class Case:
         if axis != self.axis:
             self.say(f"warning: the prompt has {axis} slices and the input {self.axis} ones: "
                      "--axis chooses for both")
-
         for text in example.remarks():
             self.say(text)
 
@@ -114,7 +113,7 @@ class Case:
         A single slice is shown that slice of a volume which shows the most (ours).
         """
         def shows(label):
-            return len(np.unique(label)) if self.segmentation else 0, np.count_nonzero(label)
+            return (len(np.unique(label)) if self.segmentation else 0), np.count_nonzero(label)
 
         pairs, count = self.prompts.pairs, len(self.stack)
         if count > 1 or all(len(images) == 1 for images, _ in pairs):
@@ -157,10 +156,8 @@ class Case:
                      "here all classes are asked for in colors far apart")
 
     def parts(self):
-        """The answer as it comes: (slice numbers, answer (B, H, W), confidence (B, H, W)).
-
-        Answers have the output's numbers and units.
-        """
+        """The answer as it comes, in the output's numbers and units: (slice numbers, answer
+        (B, H, W), confidence (B, H, W))."""
         if self.prompts.masks:
             parts = predict_boxes(self.model, self.prompts.masks, self.stack, self.options,
                                   self.slices)
@@ -232,7 +229,7 @@ def make_parser():
     add("--axis", default="auto", choices=("auto", *AXES),
         help="how volumes are sliced (auto: across the coarsest axis, as in training)")
     add("--looks", type=int, choices=(1, 2),
-        help="2: look again from near where a class was seen (default: as --each)")
+        help="2: look again where a class was seen (default: where training knew binary colors)")
     add("--each", action=argparse.BooleanOptionalAction,
         help="ask for one class at a time (default: where training knew binary colors)")
     add("--votes", type=int, default=1, help="answers averaged, each under other colors")

@@ -221,6 +221,6 @@ def tabulate(lines, dataset):
         lost = [value(l, "prediction") - value(l, kind) for l in scored]
         span = interval(lost, patients)
         low = span[0] if span else known_mean(lost)
-        if low <= 0:  # False for nan: this prompt was not tried
+        if not np.isnan(low) and low <= 0:  # nan: this prompt was not tried
             result["no_cost"].append(kind)
     return result

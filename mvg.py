@@ -201,8 +201,8 @@ class MVG(ViT):
     def predict(self, cache, image):
         """The label of image (B, 1, H, W) in [0, 1] -> (B, 1, H, W), float32, not clipped.
 
-        cache: of as many prompts as the image's batch, or of one. Raises ValueError for an image
-        of another size than the prompts had.
+        cache: with the image's batch size B, or with B = 1. Raises ValueError for an image of
+        another size than the prompts had.
         """
         grid, before, patch = self.grid(image), cache["grid"], self.config.patch
         if (grid.h, grid.w) != (before.h, before.w):
@@ -256,6 +256,7 @@ class Sequence(MVG):
         return painted + 0 * self.mask_token.sum()  # DDP waits for its gradient
 
     def encode(self, images, labels, grid):
+        """Keys and values of the prompts (B, n, N, D), by block."""
         x, memory = interleave(images, labels) + self.role[PROMPT], []
         self.run(x, causal(range(x.shape[1])), range(self.config.depth), grid, memory=memory)
         return {"memory": memory}
@@ -318,10 +319,10 @@ class Fused(MVG):
         images = self.place(self.patchify(images), IMAGE, grid)          # (B, n + 1, N, D)
         labels = self.place(self.patchify(labels[:, :-1]), LABEL, grid)  # (B, n, N, D)
         x = torch.cat([images, labels, self.blank(images, n, grid)], 1)  # (B, 3n + 1, N, D)
-        image, label = range(n + 1), range(n + 1, 2 * n + 1)             # numbers of elements
-        blank = range(2 * n + 1, 3 * n + 1)
-        plan = causal(image) + causal(label)
-        plan += [((b,), [*label[:i + 1], b]) for i, b in enumerate(blank)]
+        image_at, label_at = range(n + 1), range(n + 1, 2 * n + 1)       # numbers of elements
+        blank_at = range(2 * n + 1, 3 * n + 1)  # of image i + 1 it sees the labels before
+        plan = causal(image_at) + causal(label_at)
+        plan += [((b,), [*label_at[:i + 1], b]) for i, b in enumerate(blank_at)]
         x, _ = self.run(x, plan, self.two_streams, grid)
         context = (x[:, :n] + x[:, n + 1:2 * n + 1]) / 2 + self.role[PROMPT]  # z_1 .. z_n
         query = (x[:, 1:n + 1] + x[:, 2 * n + 1:]) / 2 + self.role[QUERY]     # q_2 .. q_(n+1)
@@ -403,7 +404,7 @@ def save(path, model, **state):
 
 
 def load(path, device="cpu"):
-    """A model from any checkpoint of train.py, in evaluation mode, float32.
+    """An MVG from a checkpoint of train.py, in evaluation mode, float32; a U-Net: lab/unet.py.
 
     Raises what `load_checkpoint` raises, and ValueError where the file does not fit this code.
     """

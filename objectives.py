@@ -30,16 +30,15 @@ def switch(recipe, step, segmentation_share):
     0 or 1 where one of the two kinds of task is not there.
     """
     rng = np.random.default_rng([recipe.seed, step, WHOLE_STEP])
-    p_mim = {"hybrid": (1 - segmentation_share) * recipe.mim_share, "ar": 0.0, "mim": 1.0}
-    p_mim = p_mim[recipe.objective]
-    mim = rng.random() < p_mim
+    p_mim = {"hybrid": (1 - segmentation_share) * recipe.mim_share,
+             "ar": 0.0, "mim": 1.0}[recipe.objective]
+    objective = "mim" if rng.random() < p_mim else "ar"
     low, high = recipe.prompt_range
-    prompts = 1 if mim else int(rng.integers(low, high + 1))
+    prompts = 1 if objective == "mim" else int(rng.integers(low, high + 1))
     if recipe.objective != "hybrid":
-        return ("mim" if mim else "ar"), prompts, segmentation_share
-    if mim:
-        return "mim", prompts, 0.0
-    return "ar", prompts, segmentation_share / (1 - p_mim)
+        return objective, prompts, segmentation_share
+    p_segmentation = 0.0 if objective == "mim" else segmentation_share / (1 - p_mim)
+    return objective, prompts, p_segmentation
 
 
 def draw_hidden(rng, tokens, mask_ratio, hide_label=0.0):

@@ -32,7 +32,7 @@ class Options:
     mode: str = "auto"          # ar, canvas; auto: as trained, ar for masks and canvas for images
     votes: int = 1              # answers averaged, each under other colors
     each: bool | None = None    # one class at a time; None: where training knew binary colors
-    looks: int | None = None    # 2: again from near (second_look.py); None: as `each`
+    looks: int | None = None    # 2: again from near (second_look.py); None: as that of `each`
     seed: int = 0               # of the votes
     dataset: str | None = None  # whose colors, for a model trained on predefined ones
     classes: tuple | None = None   # those asked for; None: what the prompt slices show
@@ -122,8 +122,9 @@ def choose_colors(model, classes, vote, rng, options):
 def ask_for(model, images, masks, stack, options):
     """One class by itself, white on black -> gray (B, H, W), 0 to 1; arguments as of `segment`."""
     side = model.config.image_size
-    if len(masks) > model.config.max_prompts and any(m.any() for m in masks):
-        # Prompts are asked one by one, and one that lacks the class says nothing of it.
+    one_by_one = options.mode == "canvas" or len(masks) > model.config.max_prompts
+    if one_by_one and any(m.any() for m in masks):
+        # A prompt that lacks the class says nothing of it.
         images, masks = zip(*((x, m) for x, m in zip(images, masks) if m.any()))
     prompt_images = to_side(images, side, resize_images)
     prompt_masks = to_side([m.astype(np.uint8) for m in masks], side, resize_labels).float()
@@ -192,7 +193,7 @@ def predict_stack(model, prompts, stack, segmentation, options=Options(), slices
         pairs = [(images[k], labels[k]) for (images, labels), k in zip(prompts, shown)]
         classes = shown_classes(pairs) if segmentation else []
         if options.classes is not None:
-            classes = list(options.classes)
+            classes = sorted(options.classes)
         batch = max(1, min(options.batch, MAX_SCORES // (H * W * (len(classes) + 1))))
         for part in (members[i:i + batch] for i in range(0, len(members), batch)):
             images = np.stack([stack[k] for k in part])
@@ -255,7 +256,7 @@ def answer_stack(model, prompts, stack, segmentation, options=Options()):
             answer[k] = value
         for k, value in zip(part, more):
             beside[k] = value
-    return np.stack(answer), beside if masks else np.stack(beside)
+    return np.stack(answer), (beside if masks else np.stack(beside))
 
 
 def predict(model_or_path, prompts, image, device=None, confidence=None, **options):
@@ -268,7 +269,7 @@ def predict(model_or_path, prompts, image, device=None, confidence=None, **optio
     image           (H, W) or (K, H, W) in [0, 1]
     device          for a path, see `running.checkpoints.pick_device`
     confidence      an array of the image's shape, filled with the winning class's score (masks)
-    options         fields of `Options`: mode, votes, each, looks, seed, dataset, classes, batch
+    options         fields of `Options`: mode, votes, each, looks, seed, dataset, classes ...
     Returns an array of the image's shape: the labels' integer type, or float32 in [0, 1].
     Raises ValueError for arrays of another form.
     """

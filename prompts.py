@@ -86,7 +86,7 @@ def score_draws(args, evaluation):
         return None
     drawn = {str(count): {d: of for (n, d), of in lines.items() if n == count}
              for count in args.prompts}
-    results = {name: {count: spread(runs, dataset) for count, runs in drawn.items()}
+    results = {name: {count: spread(by_draw, dataset) for count, by_draw in drawn.items()}
                for name, dataset in run.store.datasets.items()
                if any(name == key[0] for key in run.todo)}
     table = spread_table(results)

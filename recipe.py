@@ -111,7 +111,7 @@ TINY, HUGE = 1e-12, 1e12
 RANGES = (("seg_share mim_share hide_label warmup synthetic_share augment superpixels",
            0, 1, "a share is from 0 to 1"),
           ("mask_ratio data_fraction layer_decay", TINY, 1, "above 0, at most 1"),
-          ("drop_path average", 0, 0.99999, "a rate is from 0 to below 1"),
+          ("drop_path average", 0, 0.99999, "a rate is from 0 to 0.99999"),
           ("image_size batch_size accumulate cases pool lr beta clip", TINY, HUGE,
            "it must be above 0"),
           ("seed weight_decay background_weight validate_cases", 0, HUGE,
@@ -130,6 +130,7 @@ OF_THE_METHOD = ("objective seg_share mim_share mask_ratio hide_label coloring l
 RUN = {"data_root": None, "store": None, "out": "runs/mvg", "epochs": 100.0, "steps": None,
        "minutes": None, "workers": None, "recompute": None, "compile": None, "log_every": 20,
        "save_every": 500}
+LENGTHS = ("epochs", "steps", "minutes")
 
 
 def make_parser():
@@ -185,17 +186,19 @@ def parse(argv=None):
     changes = {name: converted(name, value) for name, value in changes.items()}
     if changes.get("layout") == "paper":  # a preset of the layout alone
         changes = {"positions": "learned", "qk_norm": False, **changes, "layout": "sequence"}
+    lengths = [name for name in LENGTHS if name in typed]
+    if len(lengths) > 1:
+        raise DataError(f"--{lengths[0]} and --{lengths[1]} both say how long: pass one of them")
     if args.resume is not None:
         path = args.resume or str(Path(args.out or RUN["out"]) / "last.pt")
         saved = load_checkpoint(path)
         recipe = resumed_recipe(path, saved, changes)
-        before = {name: value for name, value in saved["run"].items() if name in RUN}
-        if args.epochs:
-            before["steps"] = None
+        before = {name: value for name, value in saved["run"].items()
+                  if name in RUN and not (lengths and name in LENGTHS)}
         run = {**RUN, **before, "out": str(Path(path).parent), **typed, "resume": path}
     elif args.finetune:
         recipe = finetuned_recipe(args.finetune, changes)
-        run = {**RUN, **({} if args.epochs or args.minutes else {"steps": 300}), **typed}
+        run = {**RUN, **({} if lengths else {"steps": 300}), **typed}
     else:
         recipe, run = Recipe(**changes), {**RUN, **typed}
     for name in ("epochs", "steps", "minutes", "stop_at", "log_every", "save_every"):
@@ -227,6 +230,10 @@ def resumed_recipe(path, saved, changes):
     if "optimizers" not in saved:
         raise DataError(f"{path} holds a model but no run to go on with: "
                         "pass the last.pt of a run folder")
+    unknown = sorted(set(saved["recipe"]) - {f.name for f in fields(Recipe)})
+    if unknown:
+        raise DataError(f"{path} is of other code, whose recipe had {', '.join(unknown)}: "
+                        "go on with that code, or --finetune it")
     recipe = Recipe(**saved["recipe"])
     for name, value in asdict(replace(recipe, **changes)).items():
         before = getattr(recipe, name)

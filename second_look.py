@@ -71,6 +71,7 @@ def look_again(ask, prompts, image, gray, value, candidates=None):
         if side > LARGEST:
             continue
         looked, here = True, window(look[0], side, image.shape)
+        # A prompt without the class is cropped where the first one has it.
         around = [window((place or known[0])[0], side, x.shape)
                   for place, (x, _) in zip(places, prompts)]
         near = ask([x[w] for w, (x, _) in zip(around, prompts)],

@@ -74,7 +74,7 @@ def update(optimizers, broken):
     Nothing waits for the device.
     """
     for optimizer in optimizers:
-        optimizer.found_inf, optimizer.grad_scale = broken.float(), None  # 1: the step is skipped
+        optimizer.found_inf, optimizer.grad_scale = broken.float(), None  # torch's step reads both
         optimizer.step()
         optimizer.zero_grad()
 

@@ -96,8 +96,8 @@ class Attention(nn.Module):
     def forward(self, x, plan, turn=None, past=None):
         """x (B, E, N, D) -> those that ask (B, A, N, D), and the (keys, values) of x's elements.
 
-        past: (keys, values) of elements seen earlier. The plan numbers them first, then x's own.
-        A cached prompt with a batch of 1 serves a whole batch.
+        past: (keys, values) of elements seen earlier. What a plan sees is numbered from
+        them on, who asks from x on. A cached prompt with a batch of 1 serves a whole batch.
         """
         B, E, N, D = x.shape
         q, k, v = self.qkv(x).view(B, E, N, 3, self.heads, -1).unbind(3)  # 3 x (B, E, N, heads, dh)
@@ -257,7 +257,7 @@ class ViT(nn.Module):
         for n, i in enumerate(blocks):
             keep = None if grid.keep is None else grid.keep[:, i]
             seen = None if past is None else past[n]
-            if i == blocks[-1]:
+            if i == blocks[-1]:  # an entry is asked for as a whole
                 plan = [entry for entry in plan if set(entry[0]) <= set(asked)]
             x, own = self.recomputed(self.blocks[i], x, plan, grid.turn, seen, keep)
             if i in self.taps:

@@ -37,7 +37,7 @@ def window(picture, place, side):
 # Training
 
 def draw_windows(pairs, side, rng):
-    """The views of pairs [(image, label, valid or None)], (H, W) arrays, the task last.
+    """The views (3, 3) of pairs [(image, label, valid or None)], (H, W) arrays, the task last.
 
     Where the truth is known in part only, the window holds some of what is scored.
     """
@@ -54,9 +54,10 @@ def draw_place(valid, side, rng):
     scored = np.zeros((0, 2)) if valid is None else np.argwhere(valid == 1)
     if not len(scored):
         return rng.random(2)
-    chosen = scored[rng.integers(len(scored))] + rng.uniform(-0.4, 0.4, 2) * side
-    room = np.maximum(np.array(valid.shape) - side, 1)
-    return np.clip((chosen - side / 2) / room, 0, 1)
+    shape = np.array(fitted(valid.shape, side))
+    chosen = scored[rng.integers(len(scored))] * shape / valid.shape
+    middle = chosen + rng.uniform(-0.4, 0.4, 2) * side
+    return np.clip((middle - side / 2) / np.maximum(shape - side, 1), 0, 1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -74,16 +75,19 @@ def answer_in_windows(paint, pairs, image, side, batch=16):
     pairs   prompts [(image, label)], (H, W) arrays of any sizes, in [0, 1]
     """
     image_size, full = image.shape, fit(image, side)
-    pairs = [[fit(t, side) for t in pair] for pair in pairs]
+    images_of, labels_of = zip(*([fit(t, side) for t in pair] for pair in pairs))
     corners = [(y, x) for y in starts(full.shape[0], side) for x in starts(full.shape[1], side)]
     fade = torch.hann_window(side + 2)[1:-1]
     fade = fade[:, None] * fade
     total, weight = torch.zeros(full.shape), torch.zeros(full.shape)
     for part in (corners[i:i + batch] for i in range(0, len(corners), batch)):
         places = [[at / max(n - side, 1) for at, n in zip(corner, full.shape)] for corner in part]
-        images, labels = (torch.stack([torch.stack([window(pair[i], place, side) for pair in pairs])
-                                       for place in places])[:, :, None] for i in (0, 1))
-        shown = torch.stack([window(full, place, side) for place in places])[:, None]
+
+        def cut(pictures):
+            windows = [[window(p, place, side) for p in pictures] for place in places]
+            return torch.stack([torch.stack(row) for row in windows])[:, :, None]  # (B, n, 1, s, s)
+
+        images, labels, shown = cut(images_of), cut(labels_of), cut([full])[:, 0]
         for (y, x), answer in zip(part, paint(images, labels, shown)[:, 0]):
             here = slice(y, y + side), slice(x, x + side)
             total[here] += answer * fade

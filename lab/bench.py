@@ -377,9 +377,11 @@ class DryRun(Run):
     def say_cost(self):
         recipe, say, epoch = self.recipe, self.ranks.say, len(self.samples)
         mim = float(np.mean([self.samples.switch(step)[0] == "mim" for step in range(1000)]))
-        say(f"\n{self.steps} steps of {self.ranks.count} x {recipe.accumulate} x "
-            f"{recipe.batch_size} samples, {epoch / self.batch:.1f} an epoch, "
-            f"{self.steps * self.batch / epoch:.1f} epochs; {mim:.0%} of the steps mim")
+        minutes, epochs = self.args.minutes, self.steps * self.batch / epoch
+        say(f"\n{f'{minutes:g} minutes' if minutes else f'{self.steps} steps'} of "
+            f"{self.ranks.count} x {recipe.accumulate} x {recipe.batch_size} samples, "
+            f"{epoch / self.batch:.1f} an epoch, {'' if minutes else f'{epochs:.1f} epochs; '}"
+            f"{mim:.0%} of the steps mim")
         if not isinstance(self.model, mvg.MVG):
             return
         again = self.model.recompute
@@ -422,9 +424,12 @@ class DryRun(Run):
             return self.model
         seconds = float(np.mean(timed))
         rate = f"{self.flops * self.batch / seconds / 1e12:.3f} TFLOP/s; " if self.flops else ""
+        run = f"the run {clock(seconds * self.steps)}"
+        if self.args.minutes:
+            run = f"{self.args.minutes:g} minutes {self.args.minutes * 60 / seconds:.0f} steps"
         ranks.say(f"{seconds:.3f} s a step (mean of {len(timed)}), "
                   f"{self.batch / seconds:.1f} samples/s, {rate}"
-                  f"an epoch {clock(seconds * epochs)}, the run {clock(seconds * self.steps)}. "
+                  f"an epoch {clock(seconds * epochs)}, {run}. "
                   "Dry run: nothing was written but the prepared store.")
         return self.model
 

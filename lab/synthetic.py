@@ -104,20 +104,22 @@ def draw_task(number, side):
     return [zlib.compress(m.to(torch.uint8).numpy().tobytes()) for m in maps], classes, layered
 
 
-def draw_sample(pool, S, colored, rng):
+def draw_sample(pool, size, S, colored, rng):
     """A training sample of S subjects of a task: its region maps, views, looks (batches.py).
 
+    size: the model's, in pixels.
     colored: some of the structures are asked for. Otherwise it is an image task.
     """
-    task, size = rng.integers(len(pool)), pool.side / MARGIN
-    subjects = rng.choice(SUBJECTS, S, replace=S > SUBJECTS)
-    maps = [pool.read(task, subject) for subject in subjects]
+    task = rng.integers(len(pool))
+    own, *others = rng.choice(SUBJECTS, min(S, SUBJECTS), replace=False)  # own: of the task pair
+    maps = [pool.read(task, subject) for subject in (*np.resize(others, S - 1), own)]
     contrast, other = (draw_contrast(rng, pool.layered[task]) for _ in range(2))
-    task_of = draw_other_task(rng, S, contrast)
+    sample = draw_other_task(rng, S, contrast)
     if not colored:
-        task_of["looks"] = draw_image_task(rng, S, contrast, other)
-    return {**task_of, "pairs": [(regions, regions, None) for regions in maps],
-            "views": view_of((0.5, 0.5), (1 / MARGIN,) * 2) @ draw_moves(rng, S, True, 0.3, True),
+        sample["looks"] = draw_image_task(rng, S, contrast, other)
+    moves = draw_moves(rng, S, colored=True, apart=0.3, near=True)
+    return {**sample, "pairs": [(regions, regions, None) for regions in maps],
+            "views": view_of((0.5, 0.5), (1 / MARGIN,) * 2) @ moves,
             "regions": True, "endless": True, "wanted": int(rng.choice(WANTED)),
             "allowed": (ALL > 0) & (ALL < pool.classes[task]) & colored,
             "sizes": np.float32([0.002, 0.5]) * np.float32(size ** 2)}

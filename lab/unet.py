@@ -176,9 +176,9 @@ def build_for(store, recipe) -> UNet:
 
 def check(recipe):
     """Raises DataError where a recipe asks for what only a prompted model can learn."""
-    if recipe.augment or recipe.boxes == "filled":
+    if recipe.augment or recipe.superpixels or recipe.boxes == "filled":
         raise DataError("a U-Net learns its task as it is: "
-                        "leave --augment and boxes out")
+                        "leave --augment, superpixels and boxes out")
 
 
 def load_any(path, device="cpu"):

@@ -95,7 +95,7 @@ class Run:
         self.spent, self.begun = 0.0, time.time()  # seconds: before a --resume, and since when
         self.pace = None  # steps a second, smoothed
         self.stop = min(self.steps, args.stop_at or self.steps)
-        self.step, self.best, self.ended = 0, -math.inf, False
+        self.step, self.best, self.is_best, self.ended = 0, -math.inf, False, False
         self.log, self.unwritten = LossLog(samples.names, ranks.device), []
         # What is scored, shown and shipped: the weights, or their moving average.
         self.shown = copy.deepcopy(model) if recipe.average else model
@@ -154,6 +154,9 @@ class Run:
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         self.step, self.best, self.spent = saved["step"], saved["best"], saved.get("spent", 0.0)
+        self.pace = saved.get("pace")
+        if self.args.minutes and self.pace:
+            self.plan_steps()
         ranks.say(f"going on from step {self.step} of {path}")
 
     def splits(self):
@@ -206,8 +209,8 @@ class Run:
         """Move the average of the weights on after a step; early on it forgets faster."""
         if self.recipe.average:
             decay = min(self.recipe.average, (1 + step) / (10 + step))
-            weights = [list(model.parameters()) for model in (self.shown, self.model)]
-            get_ema_multi_avg_fn(decay)(*weights, None)
+            average, weights = ([*model.parameters()] for model in (self.shown, self.model))
+            get_ema_multi_avg_fn(decay)(average, weights, None)
 
     # ---- a logging step
 
@@ -216,7 +219,7 @@ class Run:
         total, left_out, ending = self.log.read(interrupted, self.ranks.distributed)
         steps, self.step = self.log.steps, step
         rate = steps / (time.time() - self.since)  # steps a second
-        self.ended = ending
+        self.interrupted = self.ended = ending
         if self.args.minutes:
             self.follow_the_clock(rate)
         losses = {}
@@ -247,13 +250,17 @@ class Run:
         what is new, so that a short disturbance does not move the learning rate.
         """
         self.pace = rate if self.pace is None else self.pace + 0.2 * (rate - self.pace)
+        self.plan_steps()
+        self.ended = self.ended or self.steps == self.step
+
+    def plan_steps(self):
+        """The number of steps by the pace and the time that is left."""
         left = self.args.minutes * 60 - self.spent - (time.time() - self.begun)
         steps = self.step + max(0, round(left * self.pace))
         steps = torch.tensor([steps], device=self.ranks.device)
         if self.ranks.distributed:
             dist.broadcast(steps, 0)
         self.steps = int(steps)
-        self.ended = self.ended or self.steps == self.step
 
     def name_the_broken(self, steps, all_of_them):
         self.ranks.say(f"{steps} of the last steps had a loss or gradient that is not finite "
@@ -273,7 +280,7 @@ class Run:
         saving = over or self.step - self.due >= self.args.save_every
         if saving:
             self.due = self.step
-        if saving and self.recipe.validate_cases and not self.ended:
+        if saving and self.recipe.validate_cases and not self.interrupted:
             self.validate()
         if not self.ranks.main:
             return
@@ -299,11 +306,10 @@ class Run:
         if mean > self.best:
             self.best, self.is_best = mean, True
 
-    is_best = False
-
     def save(self, optimizers):
         state = {"step": self.step, "ranks": self.ranks.count, "recipe": asdict(self.recipe),
-                 "run": vars(self.args), "spent": self.spent + time.time() - self.begun}
+                 "run": vars(self.args), "pace": self.pace,
+                 "spent": self.spent + time.time() - self.begun}
         if self.is_best:
             mvg.save(self.out / "best.pt", self.shown, score=self.best, **state)
             self.is_best = False

@@ -14,6 +14,8 @@ from scans.datasets import SYNTHETIC
 from scans.store import Store, default_store, open_store
 from scans.volumes import DataError
 
+PATIENCE = timedelta(hours=12)  # the others wait while the first rank prepares the store
+
 
 class Ranks:
     """This process among those of torchrun. Alone it is rank 0 of 1."""
@@ -28,9 +30,9 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        if self.distributed:  # a long timeout: the others wait while the first prepares the store
+        if self.distributed:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=12))
+            dist.init_process_group(backend, timeout=PATIENCE)
 
     def say(self, *words):
         if self.main:

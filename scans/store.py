@@ -154,6 +154,8 @@ def stored_box(box, pair, cut, size):
     filled = np.zeros(pair.image.array.shape, bool)
     filled[x1:x2 + 1, y1:y2 + 1] = True
     filled = cut.cut(filled)  # (1, H, W)
+    if not filled.any():
+        raise DataError(f"box {box} lies outside of its picture")
     _, rows, columns = np.nonzero(filled)
     _, H, W = filled.shape
     h, w = size

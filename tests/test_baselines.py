@@ -118,6 +118,9 @@ def test_the_wrong_prompts_of_a_segmentation():
     assert shown is images and not blank.any() and blank.shape == labels.shape
     assert classes == (1, 3, 5)  # asked for all the same
     assert list(wrong_prompts(images, (labels == 3).astype(np.uint8), ORGANS)) == ["empty"]
+    full = wrong_prompts(images, labels + np.uint8(1), ORGANS)  # no background
+    assert full["other_class"][0][1][0, 0].tolist() == [2, 4, 6]
+    assert full["empty"][1] == (1, 2, 4, 6)
 
 
 def test_the_wrong_prompts_of_an_image_task():

@@ -246,6 +246,31 @@ def test_of_a_procedural_task_structures_that_all_pairs_show_come_first():
     assert seen == {(1,), (2,)}  # of a slice with a label, any class of the prompt
 
 
+def test_the_sizes_of_procedural_structures_are_shares_of_the_models_square():
+    pool, rng = synthetic.draw_pool(2, 448), np.random.default_rng(0)
+    sample = synthetic.draw_sample(pool, 448, 2, True, rng)
+    assert sample["sizes"].tolist() == pytest.approx([0.002 * 448 ** 2, 0.5 * 448 ** 2])
+
+
+@pytest.mark.parametrize("S", (2, 4, 5, 7))
+def test_a_procedural_task_does_not_prompt_itself(S):
+    pool, rng = synthetic.draw_pool(4, 32), np.random.default_rng(0)
+    for _ in range(30):
+        *prompts, (own, _, _) = synthetic.draw_sample(pool, 32, S, True, rng)["pairs"]
+        assert len(prompts) == S - 1
+        assert not any(np.array_equal(own, regions) for regions, _, _ in prompts)
+        different = len({regions.tobytes() for regions, _, _ in prompts})
+        assert different == min(S, synthetic.SUBJECTS) - 1
+
+
+def test_what_a_warp_pushes_out_of_a_slice_does_not_depend_on_the_batch():
+    """The same pixels are outside, whether another sample leaves its slice or not."""
+    away = np.float64([[[1, 0, 1.5], [0, 1, 0], [0, 0, 1]]])
+    bent = sample_of([square()], bend=np.float32(0.3), seed=1)
+    alone, beside = made(bent), made(bent, sample_of([square()], views=away))
+    assert torch.equal(alone.valid[0], beside.valid[0]) and not alone.valid[0].all()
+
+
 def test_black_and_white_may_change_places():
     plain, swapped = (made(sample_of([square()], swapped=np.float32(x))) for x in (0, 1))
     assert torch.allclose(swapped.palette, 1 - plain.palette)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -228,6 +229,16 @@ def test_a_dry_run_of_a_resumed_run_goes_on_from_its_step(store, tmp_path, capsy
     assert "going on from step 3" in said and "6 steps of 1 x 1 x 4 samples" in said
     assert "s a step (mean of 10)" in said and "nothing was written but the prepared store" in said
     assert "TFLOP" not in said  # nothing is counted of a U-Net
+
+
+def test_a_dry_run_of_so_many_minutes_says_how_many_steps_they_are(store, tmp_path, capsys):
+    train.main(["--store", str(store.root), *U_NET, "--minutes", "7", "--dry_run",
+                "--out", str(tmp_path / "r")])
+    said = capsys.readouterr().out
+    seconds = float(re.search(r"([\d.]+) s a step", said)[1])
+    steps = int(re.search(r"7 minutes (\d+) steps", said)[1])
+    assert steps * seconds == pytest.approx(420, rel=0.3)
+    assert "7 minutes of 1 x 1 x 4 samples" in said and "10000000" not in said
 
 
 def test_a_dry_run_ends_when_it_is_asked_to(store, tmp_path, capsys, monkeypatch):

@@ -25,7 +25,7 @@ from objectives import LOSSES
 from recipe import Recipe
 from scans import datasets
 from scans.datasets import DATASETS, Found, find
-from scans.store import Store, StoredCase, prepare, prepare_case
+from scans.store import Store, StoredCase, open_store, prepare, prepare_case
 from scans.dicom import read_files
 from scans.volumes import DataError, natural, read_volume, resize_labels, slicing
 from test_volumes import CODES, marker, reoriented, write_nifti, write_png
@@ -603,6 +603,14 @@ def test_deeplesion_broken_rows_are_named(tmp_path, row):
     root = lesions(tmp_path, [dict(File_name="000001_01_01_109.png", **row)])
     with pytest.raises(DataError, match="DL_info.csv line 2 cannot be read"):
         datasets.deeplesion(root)
+
+
+def test_a_box_outside_of_its_picture_costs_its_case_and_is_named(tmp_path, capsys):
+    rows = [dict(File_name=f"00000{i}_01_01_109.png", Train_Val_Test=1) for i in (1, 2)]
+    rows[1]["Bounding_boxes"] = "90, 91, 95, 99"
+    store = open_store(lesions(tmp_path / "DeepLesion", rows).parent, tmp_path / "store")
+    assert [c.name for c in store.cases["deeplesion"]] == ["000001_01_01_109"]
+    assert "000002_01_01_109" in (said := capsys.readouterr().out) and "lies outside of its" in said
 
 
 def test_deeplesion_of_8_bits_is_refused(tmp_path):

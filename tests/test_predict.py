@@ -1,6 +1,7 @@
 """predict.py: slices are answered from prompts that are arrays."""
 
 import ast
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,13 @@ def test_large_label_values(echo):
     image, label = np.random.default_rng(0).random((24, 20)), np.zeros((24, 20), np.int64)
     label[4:12, 4:12], label[14:20, 10:18] = 614454277, 2035
     assert np.array_equal(predict(echo, [(image, label)], image), label)
+
+
+def test_classes_are_asked_for_in_any_order(echo):
+    label, image = two_classes((64, 64)), rand(64, 64)
+    for each in (True, False):
+        found = predict(echo, [(image, label)], image, classes=(2, 1), each=each)
+        assert np.array_equal(found, label)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -374,6 +382,9 @@ def test_binary_coloring_averages_over_the_prompts_that_show_a_class(monkeypatch
     asked.clear()
     class_scores(model, pairs, [5], image[None], options)
     assert [labels.shape[1] for _, labels in asked] == [3]
+    asked.clear()  # the canvas holds one prompt, whatever the model was trained with
+    class_scores(model, pairs, [5], image[None], replace(options, mode="canvas"))
+    assert len(asked) == 2
 
 
 # -------------------------------------------------------------------------------------------------

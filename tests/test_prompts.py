@@ -1,6 +1,9 @@
 """Which training case is shown: the one that looks alike; and what several draws come to."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import pytest
 import eval as evaluation
 import metrics
 import prompts
+from conftest import ROOT
 from scans.datasets import Dataset
 
 
@@ -91,6 +95,17 @@ def test_draws_are_evaluations_of_their_own_seeds(store, checkpoint, tmp_path):
     assert list(found["Dataset802_MsT1ToFlair"]["3"]) == ["PSNR"]
     assert (tmp_path / "draws" / "prompts.png").stat().st_size > 1000
     assert "| la | 3 | Dice | 1 |" in (tmp_path / "draws" / "prompts.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_score_the_same_draws(store, checkpoint, tmp_path):
+    argv = ["--store", str(store.root), "--checkpoint", str(checkpoint), "--max_cases", "2",
+            "--datasets", "la", "--prompt_draws", "2", "--device", "cpu"]
+    found = evaluation.main([*argv, "--out", str(tmp_path / "a")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*launch, "eval.py", *argv, "--out", str(tmp_path / "b")], cwd=ROOT, check=True,
+                   capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads((tmp_path / "b" / "prompts.json").read_text())["datasets"] == found
 
 
 def test_all_slices_are_scored_beside_those_that_show_something(store, checkpoint, tmp_path):

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 
 import eval as evaluation
 import infer
@@ -13,6 +14,7 @@ import recipe as recipes
 import train
 from conftest import ROOT
 from recipe import Recipe, parse
+from running.checkpoints import load_checkpoint
 from scans.volumes import DataError
 
 
@@ -66,7 +68,7 @@ def test_flags_and_set_parse_alike():
     (["--set", "strict=yes"], "--strict is 'yes': write a bool"),
     (["--set", "cases=1.5"], "--cases is '1.5': write a int"),
     (["--set", "loss=l3"], "--loss is 'l3': choose one of smooth_l1, l1, l2"),
-    (["--set", "drop_path=1"], "below 1"),
+    (["--set", "drop_path=1"], "a rate is from 0 to 0.99999"),
     (["--set", "boxes=round"], "choose one of lines, filled"),
     (["--set", "validate_cases=-1"], "must not be below 0"),
     (["--model", "huge"], "choose one of demo, pocket, tiny"),
@@ -77,6 +79,7 @@ def test_flags_and_set_parse_alike():
     (["--seg_share", "1.1"], "a share is from 0 to 1"),
     (["--steps", "0"], "--steps is 0: it must be above 0"),
     (["--epochs", "-1"], "--epochs is -1.0"),
+    (["--steps", "9", "--minutes", "5"], "--steps and --minutes both say how long"),
     (["--log_every", "0"], "--log_every is 0"),
     (["--num_prompts", "0"], "range such as 1-4")))
 def test_what_cannot_be_is_refused_in_one_line(argv, words):
@@ -165,6 +168,17 @@ def test_resume_takes_the_settings_of_the_run(begun):
     args, recipe = parse(["--resume", str(begun), "--set", "loss=smooth_l1", "--lr", "0.001",
                           "--steps", "20", "--save_every", "3", "--device", "cpu"])
     assert recipe == Recipe() and (args.steps, args.save_every, args.device) == (20, 3, "cpu")
+    assert args.minutes is None
+    args, _ = parse(["--resume", str(begun), "--minutes", "2"])  # another length, another way
+    assert (args.steps, args.minutes) == (None, 2)
+
+
+def test_a_run_of_other_code_is_not_resumed(begun, tmp_path):
+    saved = load_checkpoint(begun)
+    saved["recipe"]["balance"] = True
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(DataError, match="is of other code, whose recipe had balance: go on with"):
+        parse(["--resume", str(tmp_path / "last.pt")])
 
 
 def test_a_model_without_a_run_is_not_resumed(checkpoint):

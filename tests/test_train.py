@@ -747,6 +747,19 @@ def test_a_run_of_so_many_minutes_ends_with_them_and_its_schedule(store, tmp_pat
     train.main(["--resume", str(tmp_path / "r" / "last.pt"), "--minutes", "0.15"])
     again = load_checkpoint(tmp_path / "r" / "last.pt")
     assert again["step"] > saved["step"] and 8.8 < again["spent"] < 9.8
+    # the pace is known: the schedule goes on at once
+    rates = [line["lr"] for line in read_log(tmp_path / "r")[len(log):]]
+    assert 1e-4 < rates[0] < 0.7e-3 and rates == sorted(rates, reverse=True)
+
+
+def test_a_run_of_so_many_minutes_scores_its_last_model(store, tmp_path, monkeypatch):
+    now = itertools.count()
+    clock = SimpleNamespace(time=lambda: next(now) / 10, strftime=time.strftime)
+    monkeypatch.setattr(folder, "time", clock)
+    monkeypatch.setattr(folder, "validate", lambda *a: {"acdc": 0.5})
+    run(store, tmp_path / "r", "--minutes", "0.05", "--validate_cases", "1", "--save_every", "999")
+    assert read_log(tmp_path / "r")[-1]["validation"] == {"acdc": 0.5}
+    assert (tmp_path / "r" / "best.pt").exists()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_a_u_net_is_made_for_one_dataset(store):
                             (Store(store.root, ["la"]), {"init": "mae.pth"})):
         with pytest.raises(DataError, match="--model unet learns one task: name one of"):
             unet.build_for(there, Recipe(model="unet", **settings))
-    for settings in ({"augment": 0.1}, {"boxes": "filled"}):
+    for settings in ({"augment": 0.1}, {"superpixels": 0.1}, {"boxes": "filled"}):
         with pytest.raises(DataError, match="a U-Net learns its task as it is"):
             unet.build_for(Store(store.root, ["la"]), Recipe(model="unet", **settings))
 

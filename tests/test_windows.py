@@ -170,5 +170,9 @@ def test_a_training_window_holds_some_of_a_truth_that_is_known_in_part():
 
 def test_a_small_picture_is_enlarged_for_its_training_window():
     image = smooth(16, 40)
+    rng, marks = np.random.default_rng(0), np.zeros(image.shape, np.uint8)
+    marks[3:5, 33:36] = 1  # what is scored is in every window
+    assert all((training_windows([(image, image, marks)], 32, rng)[0][2] > 0).any()
+               for _ in range(50))
     (pair,) = training_windows([(image, image, None)], 32, np.random.default_rng(0))
     assert [tuple(t.shape) for t in pair] == [(32, 32)] * 3 and pair[2].unique().tolist() == [1]
