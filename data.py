@@ -1,4 +1,4 @@
-"""One training sample: which task, which slices, which view of them, which hidden patches.
+"""Section 4.1, one training sample: its task, slices, the view of them, hidden patches.
 
 A sample's numbers come from one generator, keyed by (seed, step, number of the sample): a run can
 be resumed, and split over any number of processes. batches.py makes the pixels of a whole batch.

@@ -1,4 +1,4 @@
-"""Prompt a model with files: an image and its answer, and a new image that wants one.
+"""Section 3.3, inference on files: an image and its answer prompt the model for a new image.
 
     python infer.py --prompt a.nii --input b.nii
     python infer.py --prompt a.nii c.nii --input scans/ --output answers/ --overlay --report

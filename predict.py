@@ -30,7 +30,7 @@ CANDIDATES = 3         # parts of a mask of boxes that are looked at again one b
 class Options:
     """How a model is asked."""
     mode: str = "auto"          # ar, canvas; auto: as trained, ar for masks and canvas for images
-    votes: int = 1              # answers averaged, each under other colors
+    votes: int = 1              # answers averaged, each under other colors (not predefined ones)
     each: bool | None = None    # one class at a time; None: where training knew binary colors
     looks: int | None = None    # 2: again from near (second_look.py); None: as that of `each`
     seed: int = 0               # of the votes

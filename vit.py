@@ -1,4 +1,4 @@
-"""The Vision Transformer under the method: plain pre-norm blocks over a list of images.
+"""Section 3.3, architecture: a Vision Transformer of plain pre-norm blocks over a list of images.
 
 What is notable:
 - tokens come as *elements*, (B, E, N, D): E images of N = h * w tokens each; no class token

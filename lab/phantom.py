@@ -3,14 +3,13 @@ layouts and file formats.
 
 Why: the real sets need forms, passwords and terabytes. With the stand-ins as `--data_root` anyone
 can run and test everything (readers, splits, store, training) on a laptop in a minute. They hold
-the traps of real downloads (`PLANTED`). Subjects differ in place, size, turn, shape and contrast,
+the traps of real downloads: ids with gaps, files without a label, several orientations and number
+types, macOS's hidden files. Subjects differ in place, size, turn, shape and contrast,
 so copying another subject's label scores under 0.35 mIoU: a model has to look. The stand-ins are
 drawings, not data: a score on them says nothing about patients.
 
-How: one body is drawn in centimetres. x points to the patient's left, y to the back, z up (LPS).
-Organs are rows of a table: ellipsoids and tubes, painted one over another. A dataset is a view of
-a body (slices, field of view, modality) and a way of saving it. CT of chest and abdomen, MR of the
-same, left atrium, prostate and chest X-ray all view one torso.
+How: anatomy.py draws bodies and their images. A dataset is a view of a body (slices, field of view,
+modality) and a way of saving it.
 
     python -m lab.phantom --out stand_ins                               # sixteen: a minute, 58 MB
     python -m lab.phantom --out stand_ins --datasets acdc la --seed 1   # two, with other subjects
@@ -18,9 +17,8 @@ same, left atrium, prostate and chest X-ray all view one torso.
 Three more stand-ins are written only when named: msd_hippocampus, Dataset801_NerveUltrasound and
 Dataset802_MsT1ToFlair.
 
-Volumes are (z, y, x) here: a slice is a picture, its rows run front to back, its columns from the
-patient's right to the left. Lengths are cm unless a name says mm. Every random number comes from a
-generator keyed by (seed, dataset, case), so no case depends on another.
+Volumes are (z, y, x) as there. Every random number comes from a generator keyed by (seed, dataset,
+case), so no case depends on another.
 """
 
 import argparse
@@ -42,66 +40,6 @@ from lab.anatomy import (
     BRAIN, CINE, CODE, NERVE, TORSO, VESSEL, Lesion, Scene, Variation, blur_slices, brain,
     chest_xray, ct, generator, heart, hippocampus, labels, micro_ultrasound, mr, nerve_ultrasound,
     numbered, torso, trunk)
-
-# The traps of real downloads that the stand-ins hold, for tests to walk through.
-# Missing labels: msd_lung, chest_xray, promise12.
-PLANTED = {
-    "amos_ct": ["ids have gaps and CT shares amos22/ with MR: modality by id (< 500)",
-        "LAS, qform only (sform code 0)", "label of amos_0013 is uint16, the others uint8",
-        "dataset.json lists dicts, `test` too", "amos_0002 (imagesTs) has no label",
-        "__MACOSX/amos22/ beside the set, ._amos_0004.nii.gz inside imagesTr"],
-    "amos_mri": ["amos_0510 is stored L, S, P: the slice axis is the second, not the last",
-        "amos_0508 is RAS among LAS", "qform only", "label of amos_0514 is uint16",
-        "id 600 is a training case"],
-    "word": ["LPS, qform only", "label of word_0004 is uint16", "id gaps",
-        "the folder is imagesVal, not imagesVa", "word_0014 (imagesTs) has no label",
-        "scribblesTr/word_0002.nii.gz looks like a label", "__MACOSX/ inside the set",
-        "12 is both adrenals"],
-    "btcv": ["Abdomen/RawData/Training: nested", "img0001 pairs with label0001",
-        "img0002 is uint16 with slope 0.5 and intercept -1024", "img0005 has no gallbladder",
-        "Testing/img/img0061 has no label", "._img0001.nii.gz", "ids 0011-0020 do not exist"],
-    "microsegnet": ["case numbers restart in test/", "spacing in the header is 1, 1, 1",
-        "folder non_expert_annotations, file nonexpert_annotation",
-        "three more readers' masks in test/", "pixels end at 254"],
-    "promise12": ["MHD + raw, signed int8 masks", "Case00 and Case02 in both splits",
-        "test Case02 has no segmentation", "Case07 is tilted by 8 degrees",
-        "Case13: endorectal coil", "id gaps", "end slices are empty"],
-    "brats_gli": ["Training folder nested in itself", "BraTS-GLI-00005-001 repeats a patient",
-        "00005-000 and -001 lack label 3", "00003-000 t1n has minimum -3", "no seg in Validation",
-        "stray csv and ._ file", "LPS"],
-    "brats_local": ["five files catch *t1n* and *mask*",
-        "t1n-voided float32 and qform only, masks uint8 with both forms",
-        "Validation: float32, voided and mask only", "BraTS-GLI-00005-001 repeats a patient",
-        "the same patients as brats_gli"],
-    "ldct": ["SeriesDescription in several spellings", "file names not in slice order",
-        "C001 (GE) has no low dose, yet shares the prefix", "Full Dose Projections in L004",
-        "two styles of date folder", "both doses have series number 1",
-        "stored 0..4095 with intercept -1024"],
-    "chest_xray": ["Montgomery: left and right masks of 1 bit",
-        "Kaggle: masks of 0/255, CHNCXR_*_mask.png", "CHNCXR_0025_0 and test/ have no mask",
-        "mask of CHNCXR_0010_0 has half the size", "CHNCXR_0004_0 is RGB",
-        "MCUCXR_0001_0 and 0002_0 lie in both folders", "sizes vary", "__MACOSX/ and ._ files"],
-    "acdc": ["_4d.nii.gz and _gt.nii.gz beside the frames", "patient003 has ED 4",
-        "ES frame differs, see Info.cfg", "sform only", "empty slices at the tip", "id gaps"],
-    "la": ["NRRD masks of 0/255", "lawall.nrrd beside laendo.nrrd",
-        "header spacing 1, 1, 1 in one case", "desktop.ini", "20-character ids",
-        "empty end slices"],
-    "deeplesion": ["16-bit PNG, HU + 32768", "several lesions (rows) an image",
-        "Possibly_noisy = 1 in three series", "boxes are 1-based", "a missing neighbour slice",
-        "two far sub-volumes in one series", "Coarse_lesion_type -1 in training", "patient gaps",
-        "an age NaN", "not every lesion is marked", "patient 4 has 192 x 192 images"],
-    "msd_liver": ["ids without padding, with gaps", "`test` is plain strings",
-        "`relase` for release", "._ files", "RAS", "test case has no label"],
-    "msd_lung": ["lung_014 is listed in dataset.json, its label is missing", "ids padded to three",
-        "LPS", "most slices are empty", "._ files"],
-    "msd_spleen": ["spleen_3: float32 image and label", "label of spleen_6 is uint16",
-        "ids without padding, with gaps", "._ files"],
-    "msd_hippocampus": ["hippocampus_001: uint8 image", "hippocampus_003: float32 image and label",
-        "every volume has its own size", "left and right sides mixed"],
-    "Dataset801_NerveUltrasound": ["some images are RGB", "sizes vary", "label names lack _0000",
-        "id gaps"],
-    "Dataset802_MsT1ToFlair": ['"labels": "image"', "values below 0", "LAS, qform only", "float32"],
-}
 
 # --------------------------------------------------------------------------------------------------
 # File formats. Volumes come as (z, y, x), LPS; spacing is mm, (x, y, z).

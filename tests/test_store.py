@@ -160,8 +160,8 @@ def test_a_newer_store_is_neither_read_nor_overwritten(tmp_path):
 
 # ---- the doctor
 
-# What is wrong with the stand-ins. PLANTED of lab/phantom.py tells of more: those are ways of
-# storing, to be read rightly without a word.
+# What is wrong with the stand-ins. Their other traps are ways of storing, to be read rightly
+# without a word.
 DEFECTS = {
     "promise12": ["test_Case02: Case02_segmentation.mhd is missing"],
     "brats_local": ["BraTS-GLI-00001-000: BraTS-GLI-00001-000-t1n.nii.gz"],
