@@ -155,7 +155,7 @@ class Session:
         folder = self.uploads.place(scan.number, "answer")
         output = output_paths(folder, [scan.volume.path], files)[0]
         scan.case = infer.Case(scan.volume, output, prompts, self.model, args)
-        classes = prompts.classes([range(len(labels)) for _, labels in prompts.pairs])
+        classes = prompts.classes()
         low_high = scan.stack.low_high if prompts.masks else prompts.label_range
         return {"notes": list(map(self.uploads.without_folder, scan.case.notes)),
                 "segmentation": scan.case.segmentation, "range": low_high,

@@ -54,8 +54,7 @@ class ContextSamples(Dataset):
             raise DataError(f"{store.root} has no training slices with foreground: "
                             "check the labels")
         self.names = sorted(self.datasets) + [SYNTHETIC] * recipe.synthetic
-        others = [d for d in self.datasets.values() if d.name not in DATASETS]
-        others.sort(key=lambda d: d.name)
+        others = [self.datasets[n] for n in sorted(set(self.datasets) - set(DATASETS))]
         self.predefined = predefined_offsets([*DATASETS.values(), *others])
         drawn = [n for n in self.names if n == SYNTHETIC or n in self.cases]
         self.segmentation = [n for n in drawn if n == SYNTHETIC or self.asks_for_masks(n)]
@@ -130,9 +129,8 @@ class ContextSamples(Dataset):
         if source == SYNTHETIC:
             sample = synthetic.draw_sample(self.pool, self.image_size, prompts + 1, colored, rng)
         else:
-            slices = self.slices[source]
+            slices, chosen = self.slices[source], []
             case, k = (int(v) for v in slices[rng.integers(len(slices))])
-            chosen = []
             for _ in range(prompts):
                 chosen.append(self.draw_prompt(source, case, k, rng, shown=chosen))
             chosen.append((self.cases[source][case], k))

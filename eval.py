@@ -192,8 +192,7 @@ def main(argv=None):
             raise DataError(f"--{name} is {value}: it must be at least {least}")
     if len(args.prompts) > 1 and not args.prompt_draws:
         raise DataError("--prompts takes several numbers with --prompt_draws alone")
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if distributed:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)
     if args.prompt_draws:
         results = score_draws(args, Evaluation)
@@ -202,7 +201,7 @@ def main(argv=None):
         evaluation = Evaluation(args)
         evaluation.score_cases()
         results = evaluation.write_results() if evaluation.rank == 0 else None
-    if distributed:
+    if dist.is_initialized():
         dist.destroy_process_group()
     return results
 

@@ -39,8 +39,9 @@ def finish(figure, path, dpi=110, **layout):
 def show_classes(axis, label, classes, alpha=0.6):
     """Lay the classes (H, W), 1 to `classes`, over what an axis shows."""
     colors, most = ("tab20", 20) if classes > 10 else ("tab10", 10)
-    axis.imshow(np.ma.masked_equal(label, 0), cmap=colors, alpha=alpha, vmin=1, vmax=most,
-                interpolation="nearest")
+    numbers = np.where(label == 0, 0, (label.astype(int) - 1) % most + 1)  # more classes: again
+    return axis.imshow(np.ma.masked_equal(numbers, 0), cmap=colors, alpha=alpha, vmin=1, vmax=most,
+                       interpolation="nearest")
 
 
 def draw_data(path, shares, found):
@@ -186,29 +187,42 @@ def draw_rows(path, examples, titles_in_every_row=False):
     finish(figure, path)
 
 
-def draw_overlay(path, stack, answer, segmentation, columns=5):
-    """A montage of up to 25 slices: classes laid over the image, or the image and its answer."""
-    shown = np.flatnonzero([a.any() for a in answer]) if segmentation else np.arange(len(stack))
-    shown = shown if len(shown) else np.arange(len(stack))
+def draw_overlay(path, stack, answer, classes=None, pixel=(1, 1)):
+    """A montage of up to 25 slices: classes laid over the image, or the image and its answer.
+
+    stack, answer: (K, H, W); classes: the values of the prompt's classes, in order, or None for an
+    image; pixel: its height and width in mm. Slices count from 1.
+    """
+    shown = np.arange(len(stack))
+    if classes is not None and answer.any():
+        shown = np.flatnonzero([a.any() for a in answer])
     places = np.linspace(0, len(shown) - 1, min(25, len(shown))).round().astype(int)
     shown = shown[np.unique(places)]
-    rows, columns = -(-len(shown) // columns), min(columns, len(shown))
-    figure, axes = pyplot().subplots(rows, columns, figsize=(2.2 * columns, 2.3 * rows),
-                                     squeeze=False)
-    classes = np.setdiff1d(answer, [0]) if segmentation else ()
+    columns = min(5, len(shown))
+    rows, width = -(-len(shown) // columns), min(6, 11 / columns)  # inches
+    _, H, W = stack.shape
+    high = width * H * pixel[0] / (W * pixel[1] * (1 if classes is not None else 2))
+    figure, axes = pyplot().subplots(rows, columns, squeeze=False,
+                                     figsize=(width * columns, (min(high, 3 * width) + 0.2) * rows))
     for axis in axes.flat:
         axis.axis("off")
     for axis, k in zip(axes.flat, shown):
-        axis.set_title(f"slice {k}", fontsize=7)
+        axis.set_title(f"slice {k + 1}", fontsize=7)
         picture = stack[k]
-        if not segmentation:
+        if classes is None:
             low, high = answer.min(), answer.max()
             scaled = to_unit(answer[k], (low, max(high, low + 1e-6)))
             picture = np.concatenate([picture, scaled], 1)
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        if segmentation:
-            numbers = np.where(answer[k] == 0, 0, np.searchsorted(classes, answer[k]) + 1)
-            show_classes(axis, numbers, len(classes), alpha=0.5)
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect=pixel[0] / pixel[1])
+        if classes is not None:
+            numbers = np.searchsorted([0, *classes], answer[k])
+            laid = show_classes(axis, numbers, len(classes), alpha=0.5)
+            laid.axes.set_aspect(pixel[0] / pixel[1])
+    if classes is not None and len(classes) <= 20:
+        from matplotlib.patches import Patch
+        handles = [Patch(color=laid.cmap(laid.norm(n)), label=f"{value}")
+                   for n, value in enumerate(classes, 1)]
+        axes[0, 0].legend(handles=handles, fontsize=6, loc="upper left", framealpha=0.6)
     finish(figure, path, dpi=100)
 
 

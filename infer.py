@@ -44,12 +44,9 @@ class Prompts:
         if len({e.segmentation for e in examples}) > 1:
             raise DataError("some prompts are segmentations and some images: "
                             "prompt one task at a time, or say which with --task")
-        label = examples[0].label
-        self.label_modality = choose_modality(label, args)
+        self.label_modality = choose_modality(examples[0].label, args)
         self.label_range, self.masks = None, None  # of the first label, in whose units is answered
-        self.said = ""
-        if self.segmentation:
-            self.said = number_colors([e.label for e in examples])
+        self.said = number_colors([e.label for e in examples]) if self.segmentation else ""
         self.pairs = [(e.images, e.labels) for e in examples]
         if not self.segmentation:
             ranges = [intensity_range(e.label, self.label_modality) for e in examples]
@@ -58,10 +55,11 @@ class Prompts:
             self.masks = detection_masks(model, drawn, self.segmentation)
             self.pairs = [(e.images, Scaled(e.labels, r)) for e, r in zip(examples, ranges)]
 
-    def classes(self, chosen):
-        """The classes above 0 in some slices of every prompt: a list of slice numbers for each."""
-        return {int(v) for (_, labels), numbers in zip(self.pairs, chosen)
-                for k in numbers for v in np.unique(labels[k])} - {0}
+    def classes(self, chosen=None):
+        """The classes above 0 in a slice of every prompt, by its number, or in all of them."""
+        stacks = [labels if chosen is None else labels[[chosen[i]]]
+                  for i, (_, labels) in enumerate(self.pairs)]
+        return {int(v) for stack in stacks for v in np.unique(stack)} - {0}
 
 
 class Case:
@@ -98,7 +96,7 @@ class Case:
         self.say(f"label {example.label.path}; task {task}; prompt {theirs}, "
                  f"{len(example.images)} {axis} slices; input {self.modality}, "
                  f"{len(self.stack)} {self.axis} slices; mode {mode}")
-        if theirs != self.modality:
+        if theirs != self.modality and {theirs, self.modality} - {"picture", "xray", "ultrasound"}:
             self.say(f"warning: the prompt looks like {theirs} and the input like "
                      f"{self.modality}: pass --modality if that is wrong")
         if axis != self.axis:
@@ -142,8 +140,8 @@ class Case:
 
     def check_classes(self):
         prompts = self.prompts
-        there = prompts.classes([range(len(labels)) for _, labels in prompts.pairs])
-        matched = prompts.classes([sorted(set(numbers)) for numbers in zip(*self.slices)])
+        there, of_slices = prompts.classes(), [prompts.classes(shown) for shown in self.slices]
+        matched = set().union(*of_slices)
         if not there:
             raise DataError(f"{prompts.examples[0].label.path} is empty: "
                             "pass a prompt with at least one class")
@@ -151,6 +149,9 @@ class Case:
         if there - matched:
             lost = ", ".join(map(str, sorted(there - matched)))
             self.say(f"warning: the prompt slices that match the input lack {lost}")
+        if set() in of_slices:
+            self.say(f"warning: {of_slices.count(set())} of {len(of_slices)} slices are shown "
+                     "prompt slices without a class and stay empty")
         if self.model.meta.get("coloring") == "predefined":
             self.say("warning: the model was trained on predefined colors of its own datasets: "
                      "here all classes are asked for in colors far apart")
@@ -202,7 +203,9 @@ class Case:
             restored = np.ascontiguousarray(self.cut.restore(confidence))
             write_like(self.beside("_confidence" + ending), restored, self.source)
         if self.args.overlay:
-            figures.draw_overlay(self.beside("_overlay.png"), self.stack, answer, self.segmentation)
+            classes = sorted(self.prompts.classes()) if self.segmentation else None
+            figures.draw_overlay(self.beside("_overlay.png"), self.stack, answer, classes,
+                                 self.cut.spacing[1:])
         write_like(self.output, np.ascontiguousarray(self.cut.restore(answer)), self.source)
         if self.args.report:
             write_json(self.beside(".json"), report.describe_answer(self, answer))
@@ -256,7 +259,7 @@ def main(argv=None):
                 for image, label in zip(args.prompt, labels)]
     if args.confidence and not examples[0].segmentation:
         raise DataError("--confidence is of segmentations, these prompts are images: leave it out")
-    inputs = find_inputs(args.input)
+    inputs = find_inputs(args.input, [e.label.path for e in examples])
     if len(inputs) > 1 and args.output and not Path(args.output).is_dir():
         raise DataError(f"--output {args.output} is no folder, and there are {len(inputs)} inputs: "
                         "make it first")

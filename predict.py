@@ -333,5 +333,5 @@ def checked(array, what):
         raise ValueError(f"{what} has {count} values that are NaN or infinite: replace them")
     if array.min() < -1e-3 or array.max() > 1 + 1e-3:
         raise ValueError(f"{what} reaches from {array.min():.4g} to {array.max():.4g}: "
-                         "scale it to [0, 1] (scans.volumes.to_unit)")
+                         "scale it to [0, 1] (scans.volumes.to_unit); a mask has to be integers")
     return array.clip(0, 1)

@@ -233,7 +233,7 @@ def describe_answer(case, answer):
     if case.segmentation:
         for value, voxels in zip(*np.unique(answer[answer > 0], return_counts=True)):
             classes[str(int(value))] = {"voxels": int(voxels)}
-            if case.source.kind != "picture":
+            if case.source.kind != "picture" and case.source.sized:
                 ml = abs(float(np.linalg.det(case.source.affine[:3, :3]))) / 1000
                 classes[str(int(value))]["ml"] = round(int(voxels) * ml, 4)
     files = ("prompt", "prompt_label", "input", "output")

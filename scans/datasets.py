@@ -35,8 +35,8 @@ import numpy as np
 
 from scans.dicom import read_files, read_header
 from scans.volumes import (
-    DICOM, LPS_TO_RAS, DataError, Volume, check_fit, clean, extension, folders, guarded,
-    integer_labels, natural, read_json, read_volume, shape_text, spacing_text, stem)
+    DICOM, LPS_TO_RAS, DataError, Volume, clean, extension, folders, guarded, integer_labels,
+    lay_on, natural, read_json, read_volume, shape_text, spacing_text, stem)
 
 SYNTHETIC = "synthetic"  # the name of the procedural tasks, which no folder holds
 
@@ -152,7 +152,7 @@ def load_pair(image: Path, label: Path, task: str = "segmentation", positive: bo
     image = read_volume(image, channel)
     label = read_volume(label, mask=segmentation)
     pair = Pair(image, label, notes=[v.note for v in (image, label) if v.note],
-                problems=[text for text in (check_fit(label, image),) if text])
+                problems=[text for text in (lay_on(label, image),) if text])
     label.affine = image.affine
     if segmentation:
         label.array = class_numbers(label, positive)
@@ -404,7 +404,7 @@ def load_inpainting(voided, whole, healthy):
     """
     pair = load_pair(voided, whole, task="inpainting")
     mask = read_volume(healthy)
-    check_fit(mask, pair.image)
+    lay_on(mask, pair.image)
     kept = pair.label.array == pair.image.array
     pair.valid = np.where(mask.array > 0.5, 1, np.where(kept, 2, 0)).astype(np.uint8)
     return pair
@@ -617,7 +617,7 @@ def load_h5(path):
     affine = LPS_TO_RAS @ np.diag([0.625, 0.625, 0.625, 1.0])
     image = Volume(image.astype(np.float32), affine, path, "h5")
     label = Volume((label > 0).astype(np.uint8), affine, path, "h5")
-    check_fit(label, image)
+    lay_on(label, image)
     return Pair(image, label)
 
 
@@ -776,7 +776,8 @@ DECATHLON = {"modality": "ct", "task": "segmentation", "split": LAST_FIFTH,
 def decathlon(folder):
     """A task of the Medical Segmentation Decathlon: dataset.json lists `training` pairs.
 
-    Test labels are not public. Of a 4-D image the first channel is used.
+    Test labels are not public. Of a 4-D image the first channel is used. nnU-Net 1 lists x.nii.gz
+    where the first channel is x_0000.nii.gz.
     """
     about = folder_json(folder)
     if about is None or not isinstance(about.get("training"), list) or "modality" not in about:
@@ -785,11 +786,18 @@ def decathlon(folder):
     if not all(isinstance(entry, dict) and {"image", "label"} <= set(entry) for entry in entries):
         raise DataError(f"{folder}/dataset.json: every entry of training needs an image and a "
                         "label: correct it")
-    pairs = [(inside(folder, entry["image"]), inside(folder, entry["label"])) for entry in entries]
+    pairs = [(first_channel(inside(folder, entry["image"])), inside(folder, entry["label"]))
+             for entry in entries]
     pairs.sort(key=lambda pair: natural(pair[0].name))
     load = partial(load_pair, channel=0)
-    return [make_case(stem(image), stem(image), "train", (image, label), load)
-            for image, label in pairs]
+    names = [stem(image).removesuffix("_0000") for image, _ in pairs]
+    return [make_case(name, name, "train", pair, load) for name, pair in zip(names, pairs)]
+
+
+def first_channel(image):
+    """x.nii.gz, or x_0000.nii.gz where only that is there."""
+    numbered = image.with_name(stem(image) + "_0000" + extension(image))
+    return numbered if numbered.is_file() and not image.is_file() else image
 
 
 def nnunet(folder):
@@ -797,7 +805,8 @@ def nnunet(folder):
 
     imagesTs + labelsTs are test if they are there. `"labels": "image"` in dataset.json: labels are
     images. Of several channels the first (_0000) is used. Where a label is "ignore" nothing is
-    learned or scored.
+    learned or scored. Every case is a patient of its own, unless `"patient"` (ours) has a regular
+    expression that finds the patient, its first group, in a case's name.
     """
     about = folder_json(folder)
     if about is None or "channel_names" not in about:
@@ -807,7 +816,10 @@ def nnunet(folder):
     load = partial(load_pair, task=task)
     if isinstance(labels, dict) and "ignore" in labels:
         load = partial(load_annotated, ignore=labels["ignore"])
-    cases = []
+    pattern, notes, cases = about.get("patient"), [], []
+    if pattern is None:
+        notes.append('every case counts as a patient of its own: if some share one, say so by '
+                     '"patient" in dataset.json (docs/datasets.md)')
     for part, split in (("Tr", "train"), ("Ts", "test")):
         place = folder / f"labels{part}"
         files = {stem(p): p for p in clean(place.glob("*")) if extension(p)}
@@ -816,8 +828,18 @@ def nnunet(folder):
         for image in clean((folder / f"images{part}").glob("*_0000.*")):
             name = stem(image).removesuffix("_0000")
             label = files.get(name, place / (name + extension(image)))
-            cases.append(make_case(name, name, split, (image, label), load))
-    return cases
+            patient = find_patient(folder, pattern, name) if pattern else name
+            cases.append(make_case(name, patient, split, (image, label), load))
+    return cases, notes
+
+
+def find_patient(folder, pattern, name):
+    """The patient in a case's name. Raises DataError for a pattern that finds none."""
+    try:
+        return re.search(pattern, name)[1]
+    except (re.error, TypeError, IndexError) as error:
+        raise DataError(f"{folder}/dataset.json: \"patient\" {pattern!r} finds no patient in "
+                        f"{name!r} ({error}): write a regular expression with one group") from None
 
 
 def load_annotated(image, label, ignore):
@@ -974,10 +996,15 @@ def datasets_of_folder(folder, brats_pairs=BRATS_PAIRS):
                 hits.append(Found(row, folder, cases, notes))
     if hits:
         return hits
-    for reader in (decathlon, nnunet):
-        cases = reader(folder)
-        if cases:
-            return [Found(described_by_json(folder, reader), folder, cases)]
+    cases, notes = decathlon(folder), []
+    reader = decathlon if cases else nnunet
+    if not cases:
+        cases, notes = nnunet(folder) or ([], [])
+    if cases:
+        return [Found(described_by_json(folder, reader), folder, cases, notes)]
+    if (folder / "imagesTr").is_dir() and not (folder / "dataset.json").exists():
+        raise DataError(f"{folder} has imagesTr but no dataset.json: write one "
+                        "(docs/datasets.md, Your own data)")
     return []
 
 

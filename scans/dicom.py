@@ -20,6 +20,8 @@ from scans.volumes import (DICOM, EXTENSIONS, LPS_TO_RAS, DataError, Volume, che
 
 UNEVEN = 0.1  # how much the distance of two slices may differ from the usual one
 IMPLICIT = UID("1.2.840.10008.1.2")
+MODALITIES = {"CT": "ct", "MR": "mri", "US": "ultrasound", "IVUS": "ultrasound", "CR": "xray",
+              "DX": "xray", "RG": "xray", "MG": "xray", "RF": "xray", "XA": "xray"}
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 
 
@@ -31,6 +33,9 @@ class Frame:
     position: np.ndarray | None   # (3,) the first pixel's centre in mm, LPS; None: it is not said
     thickness: float | None   # mm
     file: Path
+    modality: str             # as `Volume.modality`
+    sized: bool               # does the file say how large a pixel of the body is?
+    note: str
 
     @property
     def height(self):
@@ -93,7 +98,9 @@ def read_files(files: list, path: Path, even: bool = True) -> tuple:
     check_affine(affine, path)
     array = np.stack([f.pixels for f in frames], axis=2)
     header = nibabel.Nifti1Image(array, affine).header
-    volume = Volume(array, affine, path, "nifti", header, note=note)
+    note = "; ".join(filter(None, [note, frames[0].note]))
+    volume = Volume(array, affine, path, "nifti", header, None, array.dtype == np.uint8, note,
+                    modality=frames[0].modality, sized=all(f.sized for f in frames))
     return check_values(volume), [f.height for f in frames]
 
 
@@ -126,12 +133,15 @@ def read_frames(file: Path) -> list:
         raise DataError(f"{file} is no scan but DICOM {name}: convert it to NIfTI or NRRD, "
                         "for example with 3D Slicer")
     check_length(header, file)
-    pixels = read_itk(file).array  # (X, Y, frames)
-    frames = []
-    for k in range(pixels.shape[2]):
+    volume, frames = read_itk(file), []  # its array: (X, Y, frames)
+    modality = MODALITIES.get(header.get("Modality"), "")
+    for k in range(volume.array.shape[2]):
         groups = functional_groups(header, k)
-        axes, position, thickness = place(groups)
-        frames.append(Frame(pixels[:, :, k], axes, position, thickness, file))
+        axes, position, thickness, note = place(groups, file)
+        note = "; ".join(filter(None, [volume.note, note]))
+        sized = bool(find(groups, "PixelMeasuresSequence", "PixelSpacing")) and modality != "xray"
+        frames.append(Frame(volume.array[:, :, k], axes, position, thickness, file, modality, sized,
+                            note))
     scales = {str(find(functional_groups(header, k), "PixelValueTransformationSequence", word))
               for k in range(len(frames)) for word in ("RescaleSlope", "RescaleIntercept")}
     if len(scales) > 2:
@@ -170,18 +180,25 @@ def find(groups, sequence, word):
     return None
 
 
-def place(groups):
-    """(axes, position or None, thickness or None) of a frame, as `Frame` has them."""
+def place(groups, file):
+    """(axes, position or None, thickness or None, a note) of a frame, as `Frame` has them.
+
+    Raises DataError for a frame whose place is known, and its directions not.
+    """
     directions = find(groups, "PlaneOrientationSequence", "ImageOrientationPatient")
+    position = find(groups, "PlanePositionSequence", "ImagePositionPatient")
+    if position is not None and directions is None:
+        raise DataError(f"{file} says where its slices lie but not how they are turned "
+                        "(ImageOrientationPatient): repair its header")
     directions = np.array(directions or (1, 0, 0, 0, 1, 0), float).reshape(2, 3)
     spacing = find(groups, "PixelMeasuresSequence", "PixelSpacing") or \
-        find(groups, None, "ImagerPixelSpacing") or (1, 1)  # of rows, of columns
-    axes = directions.T * np.array(spacing, float)[::-1]
-    position = find(groups, "PlanePositionSequence", "ImagePositionPatient")
+        find(groups, None, "ImagerPixelSpacing")  # of rows, of columns
+    note = "" if spacing else "its file does not say how large a pixel is, 1 mm is assumed"
+    axes = directions.T * np.array(spacing or (1, 1), float)[::-1]
     thickness = find(groups, "PixelMeasuresSequence", "SliceThickness") or \
         find(groups, "PixelMeasuresSequence", "SpacingBetweenSlices")
     return (axes, None if position is None else np.array(position, float),
-            None if thickness is None else abs(float(thickness)) or None)
+            None if thickness is None else abs(float(thickness)) or None, note)
 
 
 # --------------------------------------------------------------------------------------------------

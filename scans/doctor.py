@@ -119,7 +119,8 @@ def health(hit: Found, cases: list, errors: list) -> Health:
         cases={split: sum(c.split == split for c in cases) for split in ("train", "test")},
         slices=sum(c.slices for c in cases), foreground=sum(c.foreground for c in cases),
         classes={n: row.labels[n - 1] for n in classes},
-        classes_absent=[name for n, name in enumerate(row.labels, 1) if n not in classes],
+        classes_absent=[name for n, name in enumerate(row.labels, 1)
+                        if n not in classes and name != f"class {n}"],
         notes=hit.notes + decided(cases),
         problems=[*hit.problems, *errors, *defects(cases), *odd_spacing(cases), *constant(cases),
                   *without_truth(cases, row), *unnamed(classes, row)])

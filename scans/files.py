@@ -5,22 +5,25 @@
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from scans.dicom import is_dicom
-from scans.volumes import (EXTENSIONS, ITK, NIFTI, PICTURE, DataError, Scaled, Volume, check_fit,
-                           extension, guess_modality, holds_classes, integer_labels,
-                           intensity_range, natural, odd_values, read_volume, slicing,
-                           some_slices, stem, write_like)
+from scans.volumes import (EXTENSIONS, ITK, NIFTI, PICTURE, DataError, Scaled, Volume, clean,
+                           extension, folders, guess_modality, has_soft_edges, holds_classes,
+                           integer_labels, intensity_range, lay_on, odd_values, read_volume,
+                           slicing, some_slices, stem, write_like)
 
 LABEL_WORDS = ("label", "labels", "seg", "segmentation", "gt", "mask", "target")
 LABEL_NAMES = tuple(sign + word for word in LABEL_WORDS for sign in "_-.")  # 3D Slicer: x.seg
 MODALITIES = ("t1", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair")  # BraTS: x-t1c
 TWINS = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesVa": "labelsVa",
-         "imagesVal": "labelsVal", "images": "labels", "image": "label", "img": "label"}
+         "imagesVal": "labelsVal"}
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")
+LABEL_FOLDERS = ("labels", "label", "masks", "mask")
 AXES = ("sagittal", "coronal", "axial")
 ANSWERS = ("_mvg", "_mvg_confidence", "_mvg_overlay")  # how the names of our own files end
 BESIDE = ("_confidence.nii.gz", "_confidence.nii", "_confidence.png", "_overlay.png", ".json")
@@ -37,34 +40,51 @@ def find_label(image) -> Path:
     if folder.name in TWINS:
         twin = folder.parent / TWINS[folder.name]
         places += [(twin, b) for b in dict.fromkeys((base, name))]
-    if folder.name == "images":
-        places.append((folder.parent / "masks", name))
+    if folder.name.lower() in IMAGE_FOLDERS:
+        twins = [f for f in folders(folder.absolute().parent.iterdir())
+                 if f.name.lower() in LABEL_FOLDERS]
+        places += [(twin, b + ending) for twin in twins for b in dict.fromkeys((base, name))
+                   for ending in ("", *LABEL_NAMES)]
     if name == "lgemri":  # LA 2018
         places.append((folder, "laendo"))
     for place, label in places:
         for kind in (extension(image), *EXTENSIONS):
             if (place / (label + kind)).is_file():
-                return place / (label + kind)
+                return only_label(place / (label + kind))
     raise DataError(f"{image}: no label beside it (looked for {name}_label, {name}_seg, "
-                    f"{name}_gt, ...): pass --prompt_label")
+                    f"{name}_gt, ... in {', '.join(dict.fromkeys(str(p) for p, _ in places))}): "
+                    "pass --prompt_label")
 
 
-def find_inputs(given) -> list:
+def only_label(found):
+    """A label's file. Raises DataError where others are numbered after it: x_mask, x_mask_1."""
+    more = [f.name for f in clean(found.parent.iterdir())
+            if re.fullmatch(re.escape(stem(found)) + r"[_-]?\d+", stem(f)) and extension(f)]
+    if more:
+        raise DataError(f"{found} is one of several labels, beside {', '.join(more[:3])}: "
+                        "make one file of them, or pass --prompt_label")
+    return found
+
+
+def find_inputs(given, labels=()) -> list:
     """Files and folders -> the files to answer.
 
-    A folder is a DICOM series, or stands for every image in it that is neither a label nor an
-    answer. Raises DataError for a folder without either.
+    A folder is a DICOM series, or stands for every image in it, and every folder with a series,
+    that is neither a label nor an answer. Of several channels in nnU-Net's names (x_0000, x_0001)
+    the first is one. labels: of the prompts, which are no inputs. Raises DataError for a folder
+    without an image.
     """
-    found = []
+    found, labels = [], {Path(label).resolve() for label in labels}
     for path in map(Path, given):
         if not path.is_dir() or is_dicom(path):
             found.append(path)
             continue
-        files = [f for f in sorted(path.iterdir(), key=natural)
-                 if f.is_file() and extension(f) and not f.name.startswith(".")]
+        files = [f for f in clean(path.iterdir())
+                 if (f.is_file() and extension(f)) or (f.is_dir() and is_dicom(f))]
         names = [stem(f) for f in files]
-        images = [f for f in files
-                  if not is_label(stem(f), names) and not stem(f).endswith(ANSWERS)]
+        images = [f for f in files if not is_label(stem(f), names)
+                  and not stem(f).endswith(ANSWERS) and not is_channel(stem(f), names)
+                  and f.resolve() not in labels]
         if not images:
             raise DataError(f"{path} holds no image ({' '.join(EXTENSIONS)}) and no DICOM series: "
                             "name another folder")
@@ -76,10 +96,22 @@ def is_label(name, names):
     """Does a file's name, among those of its folder, say that it is another one's label?"""
     if name.lower() in LABEL_WORDS:
         return len(names) > 1
-    base = next((name[:-len(e)] for e in LABEL_NAMES if name.lower().endswith(e)), None)
+    base = label_of(name)
     return base is not None and any(
         n == base or n.startswith((base + "_", base + "-", base + ".")) for n in names
-        if not n.lower().endswith(LABEL_NAMES))
+        if label_of(n) is None)
+
+
+def label_of(name):
+    """The image's name in that of its label (x_mask, x_mask_1 -> x), or None."""
+    match = re.fullmatch(rf"(.+)[_.-]({'|'.join(LABEL_WORDS)})([_-]?\d+)?", name, re.IGNORECASE)
+    return match and match[1]
+
+
+def is_channel(name, names):
+    """Is a file the second or a later channel of another one, x_0001 beside x_0000?"""
+    match = re.fullmatch(r"(.+)_(\d{4})", name)
+    return bool(match) and match[2] != "0000" and match[1] + "_0000" in names
 
 
 def output_paths(given, inputs: list, prompts: list) -> list:
@@ -91,6 +123,8 @@ def output_paths(given, inputs: list, prompts: list) -> list:
     Raises DataError for a place that cannot be written, another kind of file, two answers of one
     name, and the name of an input or of a file of the prompts.
     """
+    if given and str(given).endswith(("/", os.sep)) and not Path(given).is_dir():
+        raise DataError(f"--output {given}: there is no such folder: make it first")
     folder = Path(given) if given and (len(inputs) > 1 or Path(given).is_dir()) else None
     if given and not folder:
         paths = [Path(given)]
@@ -217,12 +251,16 @@ class Example:
         self.image = image
         self.label = read_volume(label or find_label(self.image.path), mask=args.task != "image")
         path = self.label.path
-        self.assumed = check_fit(self.label, self.image)
+        self.assumed = lay_on(self.label, self.image)
         self.segmentation = args.task == "seg" or (
             args.task == "auto" and holds_classes(self.label.array))
         if self.segmentation and extension(path) in (".jpg", ".jpeg"):
             raise DataError(f"{path} is a JPEG, which blurs classes into each other: "
                             "save the mask as PNG")
+        if self.segmentation and args.task == "auto" and has_soft_edges(self.label.array):
+            raise DataError(f"{path} has {len(np.unique(self.label.array))} values and is mostly "
+                            "of two, as a mask with soft edges: round it to its classes, or say "
+                            "--task seg or image")
         if self.segmentation:
             self.label.array = integer_labels(self.label.array, path)
         elif self.label.kind == "picture":  # its grays, not the indices of a palette

@@ -43,6 +43,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK, DICOM: x to the left, y to 
 CT_WINDOW = (-100.0, 200.0)  # HU; paper, section 4.1
 FEW_VALUES = 64  # a label of integers with more distinct values has to be made of regions
 AIR = -200  # HU; less is air
+LUMA = np.array([0.299, 0.587, 0.114])  # the gray of red, green and blue (ITU-R BT.601, as Pillow)
+SOFT_EDGES = 16  # a mask of so many values and more, mostly of two, has soft edges
 
 
 class DataError(ValueError):
@@ -62,6 +64,8 @@ class Volume:
     eight_bit: bool = False  # stored as uint8: its natural range is 0..255
     note: str = ""           # what was decided while reading
     colors: bool = False     # a mask in color: its numbers are red * 65536 + green * 256 + blue
+    modality: str = ""       # what a DICOM header says: ct, mri, xray, ultrasound
+    sized: bool = True       # does the file say how large a voxel is?
 
 
 # --------------------------------------------------------------------------------------------------
@@ -337,15 +341,18 @@ def read_itk(path, channel=None) -> Volume:
     reader.ReadImageInformation()
     _check_size(reader.GetSize(), path)
     image = reader.Execute()
-    channels = image.GetNumberOfComponentsPerPixel()
-    if channels > 1:
-        raise DataError(f"{path} has {channels} channels a voxel: save it with one")
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
-    array = sitk.GetArrayFromImage(image).T  # (..., y, x) -> (x, y, ...)
-    array = _single_precision(_three_axes(array, path, channel, "pass one 3-D volume"))
+    array, note = sitk.GetArrayFromImage(image), ""
+    channels = image.GetNumberOfComponentsPerPixel()
+    if channels == 3 and array.dtype == np.uint8:
+        array, note = np.rint(array @ LUMA).astype(np.uint8), "a color picture is read as gray"
+    elif channels > 1:
+        raise DataError(f"{path} has {channels} channels a voxel: save it with one")
+    array = _three_axes(array.T, path, channel, "pass one 3-D volume")  # (.., y, x) -> (x, y, ..)
     eight_bit = array.dtype == np.uint8
-    return Volume(array, _itk_affine(image), path, "itk", image, eight_bit=eight_bit)
+    return Volume(_single_precision(array), _itk_affine(image), path, "itk", image,
+                  eight_bit=eight_bit, note=note)
 
 
 def _itk_affine(image):
@@ -453,6 +460,12 @@ def holds_classes(array: np.ndarray) -> bool:
     return bool(equal > 0.75 * pairs)  # X-rays reach 0.55, masks of 20 structures fall to 0.9
 
 
+def has_soft_edges(array: np.ndarray) -> bool:
+    """Is a label a mask whose edges were blurred, as by resizing? Most of it is of two values."""
+    values, counts = np.unique(array, return_counts=True)
+    return len(values) > SOFT_EDGES and values[0] == 0 and counts[-1] > 0.5 * counts[1:].sum()
+
+
 def number_colors(labels: list) -> str:
     """Number the classes of masks in color, the same color alike in all; says how, "" if none is.
 
@@ -472,12 +485,17 @@ def number_colors(labels: list) -> str:
     return f"colors become classes: {table}; black is the background"
 
 
-def check_fit(label: Volume, image: Volume) -> str:
-    """What is assumed where a label lies on its image's voxels: a text, "" if nothing.
+def lay_on(label: Volume, image: Volume) -> str:
+    """Lay a label on its image's voxels. What is assumed: a text, "" if nothing.
 
-    Corners up to a voxel apart are a slip of the header. A header that says nothing (1 mm, from 0)
-    is no contradiction. Raises DataError for another shape, and for another place.
+    Axes that are stored in another order or direction than the image's are turned, which changes
+    no voxel. Corners up to a voxel apart are a slip of the header. A header that says nothing (no
+    orientation, or 1 mm from 0) is no contradiction. Raises DataError for another shape, and for
+    another place.
     """
+    silent = [Path(v.path).name for v in (label, image) if _says_no_place(v)]
+    if not silent:
+        _turn(label, image)
     if label.array.shape != image.array.shape:
         raise DataError(f"{label.path} is {shape_text(label.array.shape)} but its image is "
                         f"{shape_text(image.array.shape)}: pass the label that belongs to it")
@@ -488,12 +506,30 @@ def check_fit(label: Volume, image: Volume) -> str:
     apart = np.linalg.norm((label.affine - image.affine)[:3] @ ends, axis=0).max()
     if apart <= _voxel_size(image.affine).max():
         return ""
-    silent = [Path(v.path).name for v in (label, image) if np.allclose(np.abs(v.affine), np.eye(4))]
     if len(silent) == 1:
         return f"{silent[0]} does not say where it lies: the label is laid on its image's voxels"
     raise DataError(f"{label.path} lies elsewhere than its image, up to {apart:.4g} mm: "
                     f"{_place_text(label)}, the image {_place_text(image)}: pass the label that "
                     "belongs to it, or resample it onto the image")
+
+
+def _says_no_place(volume):
+    """Does a file say nothing of where it lies?"""
+    if volume.kind == "picture" or np.allclose(np.abs(volume.affine), np.eye(4)):
+        return True
+    header = volume.header
+    return header is not None and volume.kind == "nifti" and \
+        not header["sform_code"] and not header["qform_code"]
+
+
+def _turn(label, image):
+    """Turn the axes of a label to the order and direction of its image's, in place."""
+    from nibabel.orientations import (apply_orientation, inv_ornt_aff, io_orientation,
+                                      ornt_transform)
+
+    turn = ornt_transform(io_orientation(label.affine), io_orientation(image.affine))
+    label.affine = label.affine @ inv_ornt_aff(turn, label.array.shape)
+    label.array = np.ascontiguousarray(apply_orientation(label.array, turn))
 
 
 def _place_text(volume):
@@ -591,7 +627,9 @@ def some_slices(volume: Volume, cut: Slicing, numbers: list) -> Volume:
 # Intensities and sizes
 
 def guess_modality(volume: Volume) -> str:
-    """ct (see `looks_like_ct`), picture (8 bits), else mri: for files that no dataset describes."""
+    """What a DICOM header says; else ct (see `looks_like_ct`), picture (8 bits), or mri."""
+    if volume.modality:
+        return volume.modality
     if volume.kind == "picture" and volume.eight_bit:
         return "picture"
     return "ct" if looks_like_ct(volume.array) else "mri"
@@ -610,7 +648,7 @@ def looks_like_ct(array: np.ndarray) -> bool:
 def odd_values(volume: Volume, modality: str) -> str:
     """What is strange about the values of a volume of this modality: a text, "" if nothing is."""
     lowest = volume.array.min()
-    if modality == "ct" and lowest >= 0:
+    if modality == "ct" and lowest >= 0 and intensity_range(volume, modality) == CT_WINDOW:
         return (f"its lowest value is {lowest:g}, so it is not in HU (Hounsfield units): "
                 "CT is shown from -100 to 200 HU; subtract what was added")
     if modality == "mri" and lowest <= AIR:

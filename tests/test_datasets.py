@@ -755,7 +755,7 @@ def test_two_folders_of_a_users_own_dataset_are_not_joined(tmp_path):
         write_png(folder / f"labelsTr/{case}.png", np.ones((4, 4), np.uint8))
         write_about(folder, channel_names={"0": "CT"}, labels={"background": 0, "it": 1})
     hit = find(tmp_path)["Dataset001_Own"]
-    assert [c.name for c in hit.cases] == ["x"] and "left out" in hit.notes[0]
+    assert [c.name for c in hit.cases] == ["x"] and "left out" in hit.notes[-1]
 
 
 def test_a_labelled_case_replaces_one_without_label():

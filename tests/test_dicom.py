@@ -7,11 +7,13 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels import convert_color_space
 from pydicom.sequence import Sequence
 from test_volumes import marker
 
 from scans.dicom import choose_series, is_dicom, read_files
-from scans.volumes import LPS_TO_RAS, DataError, read_volume, slicing
+from scans.volumes import (LPS_TO_RAS, DataError, guess_modality, intensity_range, read_volume,
+                           slicing)
 
 
 def write_dicom(folder, hu, order=None, slope=1, step=5.0, uid="1", suffix=".dcm"):
@@ -99,7 +101,7 @@ def test_one_of_several_series_is_chosen(tmp_path):
         assert choose_series(wanted, uids) is None
 
 
-def test_a_series_with_gaps_or_in_color_is_refused(tmp_path):
+def test_a_series_with_gaps_or_damaged_colors_is_refused(tmp_path):
     files = write_dicom(tmp_path / "gap", hounsfield(6))
     files[2].unlink()
     with pytest.raises(DataError, match="5 slices are 5.00 to 10.00 mm apart .*files are missing"):
@@ -111,6 +113,58 @@ def test_a_series_with_gaps_or_in_color_is_refused(tmp_path):
     files[1].write_bytes(files[1].read_bytes().replace(b"MONOCHROME2 ", b"RGB         "))
     with pytest.raises(DataError, match="1-002 has 3 channels a voxel"):
         read_volume(tmp_path / "color")
+
+
+@pytest.mark.parametrize("kind", ("RGB", "YBR_FULL"))
+def test_ultrasound_in_color_becomes_gray_and_its_header_says_what_it_is(tmp_path, kind):
+    rgb = np.random.default_rng(0).integers(0, 256, (8, 10, 3)).astype(np.uint8)
+    header = Dataset()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    header.SOPClassUID, header.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.6.1", "1.2.3"
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID
+    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
+    header.Modality, header.Rows, header.Columns, header.SamplesPerPixel = "US", 8, 10, 3
+    header.PhotometricInterpretation, header.PlanarConfiguration = kind, 0
+    header.BitsAllocated, header.BitsStored, header.HighBit = 8, 8, 7
+    header.PixelRepresentation = 0
+    stored = rgb if kind == "RGB" else convert_color_space(rgb, "RGB", kind)
+    header.PixelData = stored.tobytes()
+    header.save_as(tmp_path / "us.dcm", enforce_file_format=True)
+    volume = read_volume(tmp_path / "us.dcm")
+    assert np.abs(volume.array[:, :, 0].T - rgb @ [0.299, 0.587, 0.114]).max() <= 1
+    assert volume.modality == guess_modality(volume) == "ultrasound" and not volume.sized
+    assert "read as gray" in volume.note and "pixel" in volume.note
+    assert intensity_range(volume, "ultrasound") == (0, 255)
+
+
+def test_a_scan_that_does_not_say_how_its_slices_are_turned_is_refused(tmp_path):
+    for file in write_dicom(tmp_path, hounsfield(3)):
+        header = pydicom.dcmread(file)
+        del header.ImageOrientationPatient
+        header.save_as(file)
+    with pytest.raises(DataError, match="where its slices lie but not how they are turned"):
+        read_volume(tmp_path)
+
+
+def test_a_scan_that_does_not_say_how_large_its_pixels_are_has_a_note(tmp_path):
+    (file,) = write_dicom(tmp_path, hounsfield(1))
+    assert read_volume(file).sized and "pixel" not in read_volume(file).note
+    header = pydicom.dcmread(file)
+    del header.PixelSpacing
+    header.save_as(file)
+    volume = read_volume(file)
+    assert "does not say how large a pixel is, 1 mm is assumed" in volume.note and not volume.sized
+
+
+@pytest.mark.parametrize("tag,modality", (("MR", "mri"), ("DX", "xray"), ("OT", "ct")))
+def test_the_header_says_the_modality(tmp_path, tag, modality):
+    """Whatever the values look like; without a word of it they decide."""
+    (file,) = write_dicom(tmp_path, hounsfield(1))
+    header = pydicom.dcmread(file)
+    header.Modality = tag
+    header.save_as(file)
+    assert guess_modality(read_volume(file)) == modality
 
 
 def test_a_folder_of_pictures_is_no_series(tmp_path):

@@ -42,10 +42,19 @@ def source(path, kind="nifti", array=None, **more):
     ("imagesTs/c.nii.gz", "labelsTs/c.nii.gz"),
     ("x/lgemri.nrrd", "x/laendo.nrrd"),
     ("images/p.jpg", "masks/p.png"),
+    ("images/p.jpg", "masks/p_mask.png"),
+    ("Images/p.jpg", "Masks/p.png"),
+    ("imgs/p_0000.png", "labels/p.png"),
 ))
 def test_the_label_is_found_by_the_usual_names(tmp_path, image, label):
     touch(tmp_path / image, tmp_path / label)
     assert find_label(tmp_path / image) == tmp_path / label
+
+
+def test_several_labels_of_an_image_are_not_chosen_from(tmp_path):
+    touch(tmp_path / "a.png", tmp_path / "a_mask.png", tmp_path / "a_mask_1.png")
+    with pytest.raises(DataError, match="a_mask.png is one of several labels, beside a_mask_1.png"):
+        find_label(tmp_path / "a.png")
 
 
 def test_a_label_of_the_images_own_kind_comes_first_and_none_is_an_error(tmp_path):
@@ -83,6 +92,8 @@ def test_a_folder_stands_for_its_images(tmp_path):
     ("ct.nii.gz seg.nii.gz", "ct.nii.gz"),
     ("seg.nii.gz", "seg.nii.gz"),
     ("a_seg.nii b_seg.nii", "a_seg.nii b_seg.nii"),
+    ("b(1).png b(1)_mask.png b(1)_mask_1.png", "b(1).png"),                   # BUSI
+    ("x_0000.nii x_0001.nii y_0001.nii", "x_0000.nii y_0001.nii"),            # nnU-Net
 ))
 def test_labels_of_a_folder_are_no_inputs(tmp_path, names, images):
     touch(*(tmp_path / name for name in names.split()))
@@ -94,6 +105,9 @@ def test_a_folder_with_a_dicom_series_is_one_input(tmp_path):
     image = sitk.GetImageFromArray(np.zeros((4, 5), np.int16))
     sitk.WriteImage(image, str(tmp_path / "scan" / "1.dcm"))
     assert find_inputs([tmp_path / "scan"]) == [tmp_path / "scan"]
+    touch(tmp_path / "scan_label.nii.gz", tmp_path / "other.nii.gz")  # a patient's folder
+    assert [p.name for p in find_inputs([tmp_path])] == ["other.nii.gz", "scan"]
+    assert find_inputs([tmp_path], [tmp_path / "other.nii.gz"]) == [tmp_path / "scan"]
 
 
 # -------------------------------------------------------------------------------------------------

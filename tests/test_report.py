@@ -165,17 +165,33 @@ def test_an_overlay_shows_the_slices_with_an_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(axis_type, "set_title",
                         lambda self, text, **more: titles.append(text) or plain(self, text, **more))
     stack, answer = rand(60, 16, 16), np.zeros((60, 16, 16), np.uint16)
-    figures.draw_overlay(tmp_path / "none.png", stack, answer, True)
-    assert len(titles) == 25 and titles[0] == "slice 0" and titles[-1] == "slice 59"
+    figures.draw_overlay(tmp_path / "none.png", stack, answer, [])
+    assert len(titles) == 25 and titles[0] == "slice 1" and titles[-1] == "slice 60"
     assert colorful(tmp_path / "none.png") == 0
     titles.clear()
     answer[20:23, 4:12, 4:12], answer[21, :2] = 7, 900
-    figures.draw_overlay(tmp_path / "some.png", stack, answer, True)
-    assert titles == ["slice 20", "slice 21", "slice 22"]
+    figures.draw_overlay(tmp_path / "some.png", stack, answer, [7, 900])
+    assert titles == ["slice 21", "slice 22", "slice 23"]
     assert colorful(tmp_path / "some.png") > 1000
     titles.clear()
-    figures.draw_overlay(tmp_path / "image.png", stack[:2], stack[:2] * 3000 - 1000, False)
-    assert titles == ["slice 0", "slice 1"] and colorful(tmp_path / "image.png") == 0
+    figures.draw_overlay(tmp_path / "image.png", stack[:2], stack[:2] * 3000 - 1000)
+    assert titles == ["slice 1", "slice 2"] and colorful(tmp_path / "image.png") == 0
+
+
+def test_an_overlay_keeps_the_color_of_a_class_and_the_shape_of_a_pixel(tmp_path):
+    """Whatever other classes an answer has, and also where nothing is background."""
+    stack, colors = np.zeros((1, 16, 16)), []
+    for number, answer in enumerate((np.full((1, 16, 16), 9), np.full((1, 16, 16), 9))):
+        answer[0, :8] = 5 * number  # background above, or class 5
+        figures.draw_overlay(tmp_path / "o.png", stack, answer, [5, 9])
+        picture = pixels(tmp_path / "o.png")
+        colors.append([tuple(picture[int(len(picture) * y), picture.shape[1] // 2])
+                       for y in (0.3, 0.8)])
+    (black, below), (above, below_again) = colors
+    assert below == below_again and len({black, below, above}) == 3
+    figures.draw_overlay(tmp_path / "flat.png", stack, answer, [5, 9], (4, 1))
+    flat = pixels(tmp_path / "flat.png")
+    assert len(flat) > 2 * flat.shape[1]
 
 
 def test_scores_are_drawn_beside_copies_and_the_paper(tmp_path):

@@ -15,7 +15,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
 from scans import volumes
-from scans.volumes import LPS_TO_RAS, DataError, Volume, read_volume, slicing
+from scans.volumes import (LPS_TO_RAS, DataError, Volume, read_volume, resize_images, slicing)
 
 # --------------------------------------------------------------------------------------------------
 # Files made here
@@ -399,26 +399,61 @@ def test_labels_are_integers_whatever_they_are_stored_as():
 def test_a_label_has_to_lie_as_its_image_does():
     image = plain(np.zeros((3, 4, 5)))
     with pytest.raises(DataError, match="is 3x4x6 but its image is 3x4x5"):
-        volumes.check_fit(plain(np.zeros((3, 4, 6))), image)
+        volumes.lay_on(plain(np.zeros((3, 4, 6))), image)
     turned = plain(np.zeros((3, 4, 5)))
     turned.affine = np.diag([-1.0, 1, 1, 1])
     with pytest.raises(DataError, match=r"up to 4 mm: LAS from \(.*, the image RAS from \(0, 0"):
-        volumes.check_fit(turned, image)
+        volumes.lay_on(turned, image)
     image.affine = turned.affine = np.diag([2.0, 3, 4, 1])
-    assert volumes.check_fit(turned, image) == ""
+    assert volumes.lay_on(turned, image) == ""
     for scale, shift in ((1.01, 1), (1.2, 0), (1, 3.9)):  # up to a voxel at the last corner
         turned.affine = image.affine * scale
         turned.affine[:3, 3] = shift, 0, 0
-        assert volumes.check_fit(turned, image) == ""
+        assert volumes.lay_on(turned, image) == ""
     for scale, shift in ((1.3, 0), (1, 4.1), (2, 60)):
         turned.affine = image.affine * scale
         turned.affine[:3, 3] = shift, 0, 0
         with pytest.raises(DataError, match="lies elsewhere than its image"):
-            volumes.check_fit(turned, image)
+            volumes.lay_on(turned, image)
     for silent in (np.eye(4), LPS_TO_RAS):
         turned.affine = silent
-        assert "does not say where it lies" in volumes.check_fit(turned, image)
-        assert "does not say where it lies" in volumes.check_fit(image, turned)
+        assert "does not say where it lies" in volumes.lay_on(turned, image)
+        assert "does not say where it lies" in volumes.lay_on(image, turned)
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_a_label_whose_axes_are_stored_otherwise_is_turned(tmp_path, codes):
+    """As dcm2niix writes them. Every voxel keeps its place."""
+    array, affine = marker()
+    image = Volume(array, affine, tmp_path / "image.nii", "nifti", nibabel.Nifti1Image(
+        array, affine).header)
+    reoriented(codes).to_filename(tmp_path / "label.nii")
+    label = read_volume(tmp_path / "label.nii")
+    assert volumes.lay_on(label, image) == ""
+    assert np.array_equal(label.array, array) and np.allclose(label.affine, affine)
+    silent = read_volume(tmp_path / "label.nii")
+    silent.header.set_sform(None, 0)
+    silent.header.set_qform(None, 0)  # its affine is then an invention
+    if silent.array.shape == array.shape:
+        kept = silent.array.copy()
+        assert codes == "LPS" or "does not say where" in volumes.lay_on(silent, image)
+        assert np.array_equal(silent.array, kept)
+
+
+def test_a_mask_with_soft_edges_is_told_from_many_classes():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 20:50] = 255
+    soft = resize_images(torch.from_numpy(mask)[None].float(), (150, 150)).numpy().astype(np.uint8)
+    organs = np.arange(1, 65, dtype=np.uint8).reshape(8, 8).repeat(8, 0).repeat(8, 1)
+    organs[:4] = 0
+    assert volumes.has_soft_edges(soft.T) and len(np.unique(soft)) > 16
+    assert not any(map(volumes.has_soft_edges, (mask, organs, np.zeros((4, 4), np.uint8))))
+
+
+def test_8_bit_pictures_of_ct_are_not_odd():
+    picture = plain(np.zeros((3, 4, 1), np.uint8), "picture", eight_bit=True)
+    assert volumes.odd_values(picture, "ct") == ""
+    assert "not in HU" in volumes.odd_values(plain(np.ones((3, 4, 1))), "ct")
 
 
 # --------------------------------------------------------------------------------------------------
