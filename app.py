@@ -234,10 +234,14 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     volumes.MAX_VOXELS = MAX_VOXELS
+    if not 0 <= args.port <= 65535:
+        raise DataError(f"--port is {args.port}: it is from 0 to 65535")
+    for name in ("SIGTERM", "SIGHUP"):  # so that the uploads go; Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit())
     session = Session(args)
-    server = LocalServer(args.port, Handler, PAGE, session)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the uploads go
     try:
+        server = LocalServer(args.port, Handler, PAGE, session)
         print(f"{server.address}   Ctrl+C ends it", flush=True)
         if args.browser:
             webbrowser.open(server.address)

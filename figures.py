@@ -7,6 +7,7 @@ is drawn, because training works without it.
 import json
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,14 +27,21 @@ def pyplot():
     if "matplotlib.pyplot" not in sys.modules:
         matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.rcParams["text.parse_math"] = False  # names may hold a $
     return plt
 
 
 def finish(figure, path, dpi=110, **layout):
     """Write a figure and forget it."""
     figure.tight_layout(**layout)
-    figure.savefig(path, dpi=dpi)
-    pyplot().close(figure)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")  # whole or not at all
+    try:
+        figure.savefig(temporary, dpi=dpi, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        pyplot().close(figure)
 
 
 def show_classes(axis, label, classes, alpha=0.6):

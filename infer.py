@@ -150,7 +150,7 @@ class Case:
             lost = ", ".join(map(str, sorted(there - matched)))
             self.say(f"warning: the prompt slices that match the input lack {lost}")
         if set() in of_slices:
-            self.say(f"warning: {of_slices.count(set())} of {len(of_slices)} slices are shown "
+            self.say(f"note: {of_slices.count(set())} of {len(of_slices)} slices are shown "
                      "prompt slices without a class and stay empty")
         if self.model.meta.get("coloring") == "predefined":
             self.say("warning: the model was trained on predefined colors of its own datasets: "
@@ -202,11 +202,11 @@ class Case:
                 confidence, ending = np.rint(255 * confidence).astype(np.uint8), ".png"
             restored = np.ascontiguousarray(self.cut.restore(confidence))
             write_like(self.beside("_confidence" + ending), restored, self.source)
+        write_like(self.output, np.ascontiguousarray(self.cut.restore(answer)), self.source)
         if self.args.overlay:
             classes = sorted(self.prompts.classes()) if self.segmentation else None
             figures.draw_overlay(self.beside("_overlay.png"), self.stack, answer, classes,
                                  self.cut.spacing[1:])
-        write_like(self.output, np.ascontiguousarray(self.cut.restore(answer)), self.source)
         if self.args.report:
             write_json(self.beside(".json"), report.describe_answer(self, answer))
         print(f"wrote {self.output} ({shape_text(self.source.array.shape)})")

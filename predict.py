@@ -153,7 +153,7 @@ def class_scores(model, pairs, classes, images, options):
             for n, value in enumerate(classes):
                 gray[b, n] = look_again(ask, pairs, image, gray[b, n], value, options.candidates)
     scores = torch.cat([1 - gray.amax(1, keepdim=True), gray], 1)  # a class wins above 0.5
-    return scores / scores.sum(1, keepdim=True)
+    return scores.div_(scores.sum(1, keepdim=True))
 
 
 # -------------------------------------------------------------------------------------------------

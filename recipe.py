@@ -202,7 +202,7 @@ def parse(argv=None):
     else:
         recipe, run = Recipe(**changes), {**RUN, **typed}
     for name in ("epochs", "steps", "minutes", "stop_at", "log_every", "save_every"):
-        if run.get(name) is not None and run[name] <= 0:
+        if run.get(name) is not None and not 0 < run[name] < HUGE:
             raise DataError(f"--{name} is {run[name]}: it must be above 0")
     run = {name: value for name, value in run.items() if name not in FLAGS and name != "set"}
     return argparse.Namespace(**{"stop_at": None, "resume": None, "finetune": None,
@@ -227,7 +227,7 @@ def converted(name, value):
 
 def resumed_recipe(path, saved, changes):
     """The Recipe that a run began with. Raises DataError where something else is asked for."""
-    if "optimizers" not in saved:
+    if not {"optimizers", "recipe", "run", "ranks", "step", "best"} <= set(saved):
         raise DataError(f"{path} holds a model but no run to go on with: "
                         "pass the last.pt of a run folder")
     unknown = sorted(set(saved["recipe"]) - {f.name for f in fields(Recipe)})

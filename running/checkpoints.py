@@ -63,6 +63,10 @@ def load_checkpoint(path, device="cpu"):
     if checkpoint["mvg"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {checkpoint['mvg']}, this code reads "
                          f"{FORMAT}: update the code")
+    weights = checkpoint["model"]
+    if isinstance(weights, dict) and not all(v.isfinite().all() for v in weights.values()
+                                             if isinstance(v, torch.Tensor)):
+        raise ValueError(f"{path} has weights that are NaN or infinite: take an earlier one")
     return checkpoint
 
 

@@ -185,6 +185,7 @@ class Run:
         if not self.ranks.main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = locked(self.out)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         write_json(self.out / "config.json", {
             "recipe": asdict(self.recipe), "run": vars(self.args), "steps": self.steps,
@@ -200,7 +201,10 @@ class Run:
         if self.step and log.exists():
             lines = log.read_text().splitlines(keepends=True)
         # A run that was killed leaves half a line, or steps that were logged and not saved.
-        lines = [l for l in lines if l.endswith("\n") and json.loads(l)["step"] <= self.step]
+        try:
+            lines = [l for l in lines if l.endswith("\n") and json.loads(l)["step"] <= self.step]
+        except (ValueError, TypeError, KeyError):
+            raise DataError(f"{log} has a line that is no log line: repair or remove it") from None
         log.write_text("".join(lines))
         for left in self.out.glob("*.pt.tmp*"):
             left.unlink()
@@ -366,6 +370,22 @@ def validate(model, samples, rank, ranks):
     if ranks > 1:
         dist.all_reduce(sums)
     return {n: round(s / count, 6) for n, (s, count) in zip(names, sums.tolist()) if count}
+
+
+def locked(folder):
+    """A file that this program holds locked while it lives. Raises DataError if another one does.
+
+    Where files cannot be locked (Windows, some network disks) nothing is.
+    """
+    file = open(folder / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise DataError(f"{folder} is in use by another training: name another --out") from None
+    except (ImportError, OSError):
+        pass
+    return file
 
 
 def append(path, lines):

@@ -8,6 +8,7 @@ here. The page may load from here alone.
 import json
 import mimetypes
 import secrets
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -61,7 +62,8 @@ class LocalHandler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             pass  # the page was closed, or does not read
         except Exception as error:  # a hostile request must not end the server
-            self.reply_json({"error": self.words(error)}, 400)
+            with suppress(OSError):  # it may have hung up
+                self.reply_json({"error": self.words(error)}, 400)
 
     def words(self, error):
         """One line about an exception."""
@@ -93,8 +95,11 @@ class LocalHandler(BaseHTTPRequestHandler):
         self.reply(json.dumps(value).encode(), "application/json", status)
 
     def length(self):
-        """Bytes that the request announces."""
-        return int(self.headers.get("Content-Length") or 0)
+        """Bytes that the request announces. Raises ValueError for less than 0."""
+        length = int(self.headers.get("Content-Length") or 0)
+        if length < 0:  # would be read without end
+            raise ValueError(f"a request of {length} bytes")
+        return length
 
     def log_request(self, code="-", size="-"):
         """Say nothing of what went well."""

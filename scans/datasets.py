@@ -35,8 +35,8 @@ import numpy as np
 
 from scans.dicom import read_files, read_header
 from scans.volumes import (
-    DICOM, LPS_TO_RAS, DataError, Volume, clean, extension, folders, guarded, integer_labels,
-    lay_on, natural, read_json, read_volume, shape_text, spacing_text, stem)
+    DICOM, LPS_TO_RAS, DataError, Volume, check_values, clean, extension, folders, guarded,
+    integer_labels, lay_on, natural, read_json, read_volume, shape_text, spacing_text, stem)
 
 SYNTHETIC = "synthetic"  # the name of the procedural tasks, which no folder holds
 
@@ -615,8 +615,9 @@ def load_h5(path):
         raise DataError(f"{path} cannot be read ({str(error)[:100]}): the file is damaged, "
                         "fetch it again") from None
     affine = LPS_TO_RAS @ np.diag([0.625, 0.625, 0.625, 1.0])
-    image = Volume(image.astype(np.float32), affine, path, "h5")
-    label = Volume((label > 0).astype(np.uint8), affine, path, "h5")
+    image = check_values(Volume(image.astype(np.float32), affine, path, "h5"))
+    label = check_values(Volume(label, affine, path, "h5"))
+    label.array = (label.array > 0).astype(np.uint8)
     lay_on(label, image)
     return Pair(image, label)
 
@@ -844,8 +845,13 @@ def find_patient(folder, pattern, name):
 
 def load_annotated(image, label, ignore):
     """A pair of which voxels with the label `ignore` have no truth."""
+    try:
+        ignored = class_number(ignore)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"dataset.json: the label \"ignore\" is {ignore}: give it one number") \
+            from None
     pair = load_pair(image, label)
-    pair.valid = pair.label.array != ignore
+    pair.valid = pair.label.array != ignored
     pair.label.array = pair.label.array * pair.valid
     return pair
 
@@ -879,31 +885,48 @@ def described_by_json(folder: Path, reader: Callable) -> Dataset:
         name = "msd_" + re.sub("[^a-z0-9]+", "_", title)
         if name in DATASETS:
             return DATASETS[name]
-        channels, split = about.get("modality"), LAST_FIFTH
+        modality, split = about.get("modality"), LAST_FIFTH
     else:
         name = folder.name
         if name in DATASETS or name == SYNTHETIC:
             raise DataError(f"{folder} has the name of another dataset: rename the folder, "
                             f"for example to Dataset001_{name}")
-        channels, split = about.get("channel_names"), f"imagesTs if labelled, else the {LAST_FIFTH}"
-    return Dataset(name=name, title=str(about.get("name", name)), region="",
-                   modality=named_modality(channels), labels=labels, split=split, reader=reader,
+        modality, split = about.get("channel_names"), f"imagesTs if labelled, else the {LAST_FIFTH}"
+    modality = named_modality(modality, folder / "dataset.json")
+    return Dataset(name=name, title=str(about.get("name", name)), region="", modality=modality,
+                   labels=labels, split=split, reader=reader,
                    task="segmentation" if labels else "synthesis",
                    licence=str(about.get("licence", about.get("license", ""))),
                    address=str(about.get("reference", "")))
 
 
-def named_modality(channels):
-    """The modality of the first channel of dataset.json, {"0": "CT"} or plain text; else mri."""
-    first = channels.get("0", "") if isinstance(channels, dict) else channels
-    first = str(first).lower()
-    if first.startswith("ct"):
+def named_modality(channels, place):
+    """The modality of the first channel of dataset.json, {"0": "CT"} or plain text; else mri.
+
+    place: what messages call it. Raises DataError for another form.
+    """
+    if isinstance(channels, list):
+        channels = dict(zip("0", channels))
+    first = channels.get("0") if isinstance(channels, dict) else channels
+    if not isinstance(first, str):
+        raise DataError(f"{place}: the channels {channels} do not name the first one: "
+                        'write {"0": "CT"} or the like')
+    first = first.strip().lower()
+    if first.startswith(("ct", "computed tomography")):
         return "ct"
     if "x-ray" in first or "xray" in first:
         return "xray"
     if "ultrasound" in first or first == "us":
         return "ultrasound"
     return "mri"
+
+
+def class_number(value):
+    """The number of a class in dataset.json, 1 or "1". Raises ValueError or TypeError."""
+    number = int(value)
+    if float(value) != number or not 0 <= number <= 255:
+        raise ValueError(value)
+    return number
 
 
 def named_classes(folder, about, reader):
@@ -915,14 +938,17 @@ def named_classes(folder, about, reader):
         raise DataError(f"{place} has no labels: name the classes, or write \"labels\": \"image\"")
     try:
         if reader is decathlon:  # {"1": "spleen"}
-            names = {int(number): str(name) for number, name in labels.items()}
+            pairs = [(class_number(number), str(name)) for number, name in labels.items()]
         else:                    # {"spleen": 1}
-            names = {int(number): str(name) for name, number in labels.items()
-                     if name != "ignore"}
-    except (TypeError, ValueError):
-        raise DataError(f"{place}: labels {labels} are no plain classes: "
-                        "give every class one number") from None
-    if max(names) < 1:
+            pairs = [(class_number(number), str(name)) for name, number in labels.items()
+                     if name != "ignore"]
+    except (TypeError, ValueError, OverflowError):
+        pairs = None
+    names = dict(pairs or ())
+    if pairs is None or len(names) < len(pairs):
+        raise DataError(f"{place}: labels {str(labels)[:200]} are no plain classes: "
+                        "give every class one number, from 0 to 255")
+    if max(names, default=0) < 1:
         raise DataError(f"{place} names no class above 0: name the classes, "
                         "or write \"labels\": \"image\"")
     return tuple(names.get(i, f"class {i}") for i in range(1, max(names) + 1))
@@ -940,6 +966,8 @@ def find(data_root: str | Path, names: list | None = None, depth: int = 5,
     say: is given a line for every folder that is left out because its table cannot be read.
     Raises DataError for a missing or empty root, and for names that are unknown or not there.
     """
+    if not str(data_root).strip():
+        raise DataError("the name of the data root is empty: is a variable not set?")
     root, pairs = Path(data_root).resolve(), brats_pairs or BRATS_PAIRS
     check_brats_pairs(pairs)
     if not root.is_dir():
@@ -970,8 +998,12 @@ def search(root, depth, brats_pairs):
         for folder in level:
             try:
                 hits = datasets_of_folder(folder, brats_pairs)
+                inner = folders(folder.iterdir())
             except DataError as error:
                 errors.append(error)
+                continue
+            except OSError as error:
+                errors.append(DataError(f"{folder} cannot be searched ({error.strerror})"))
                 continue
             for hit in hits:
                 if hit.dataset.name in found:
@@ -979,7 +1011,7 @@ def search(root, depth, brats_pairs):
                 else:
                     found[hit.dataset.name] = hit
             if not hits:
-                below += folders(folder.iterdir())
+                below += inner
         level = below
     return found, errors
 
@@ -1061,6 +1093,12 @@ def settle(found: Found) -> None:
             missing = ", ".join(p.name for p in case.files if not p.is_file()) or "its label"
             found.problems.append(f"{case.name}: {missing} is missing, it is neither trained on "
                                   "nor scored")
+    names = [c.name for c in found.cases]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        first, *others = [c for c in found.cases if c.name == name]
+        found.problems.append(f"{name} is the name of {len(others) + 1} cases: "
+                              f"{first.files[0]} is kept; rename the others")
+        found.cases = [c for c in found.cases if c not in others]
     cases = [c for c in found.cases if c.split != "inference"]
     if len({c.patient for c in cases}) == 1:
         for case in cases:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from scans.dicom import is_dicom
-from scans.volumes import (EXTENSIONS, ITK, NIFTI, PICTURE, DataError, Scaled, Volume, clean,
+from scans.volumes import (DICOM, EXTENSIONS, ITK, NIFTI, PICTURE, DataError, Scaled, Volume, clean,
                            extension, folders, guess_modality, has_soft_edges, holds_classes,
                            integer_labels, intensity_range, lay_on, odd_values, read_volume,
                            slicing, some_slices, stem, write_like)
@@ -47,10 +47,13 @@ def find_label(image) -> Path:
                    for ending in ("", *LABEL_NAMES)]
     if name == "lgemri":  # LA 2018
         places.append((folder, "laendo"))
+    there = {place: {f.name.lower(): f for f in place.iterdir()} if place.is_dir() else {}
+             for place, _ in places}
     for place, label in places:
         for kind in (extension(image), *EXTENSIONS):
-            if (place / (label + kind)).is_file():
-                return only_label(place / (label + kind))
+            found = there[place].get((label + kind).lower())
+            if found and found.is_file():
+                return only_label(found)
     raise DataError(f"{image}: no label beside it (looked for {name}_label, {name}_seg, "
                     f"{name}_gt, ... in {', '.join(dict.fromkeys(str(p) for p, _ in places))}): "
                     "pass --prompt_label")
@@ -75,12 +78,22 @@ def find_inputs(given, labels=()) -> list:
     without an image.
     """
     found, labels = [], {Path(label).resolve() for label in labels}
+    if not all(str(path).strip() for path in given):
+        raise DataError("the name of an input is empty: is a variable not set?")
     for path in map(Path, given):
-        if not path.is_dir() or is_dicom(path):
+        if not path.is_dir():
             found.append(path)
             continue
         files = [f for f in clean(path.iterdir())
                  if (f.is_file() and extension(f)) or (f.is_dir() and is_dicom(f))]
+        if is_dicom(path):
+            others = [f for f in files if extension(f) not in DICOM and f.is_file()
+                      and not is_label(stem(f), [stem(f), path.name]) and f.resolve() not in labels]
+            if others:
+                raise DataError(f"{path} holds a DICOM series and other images "
+                                f"({others[0].name}): name what is to be answered")
+            found.append(path)
+            continue
         names = [stem(f) for f in files]
         images = [f for f in files if not is_label(stem(f), names)
                   and not stem(f).endswith(ANSWERS) and not is_channel(stem(f), names)
@@ -142,8 +155,8 @@ def output_paths(given, inputs: list, prompts: list) -> list:
         check_output(path, source, used)
         key = path.resolve().parent / stem(path)
         if key in first:
-            raise DataError(f"{first[key]} and {source} would both be answered in {path}: "
-                            "rename one, or answer them one by one")
+            raise DataError(f"{first[key]} and {source} would both be answered under the name "
+                            f"{key.name}: rename one, or answer them one by one")
         first[key] = source
     return paths
 
@@ -191,7 +204,7 @@ def answer_type(label: Volume, largest, segmentation, output) -> np.dtype:
     if segmentation:
         if largest <= 255:
             return np.dtype(np.uint8)
-        if largest < 2 ** 16 and label.kind == "picture":
+        if largest < 2 ** 16 and (picture or label.kind == "picture"):
             return np.dtype(np.uint16)
         if picture and largest >= 2 ** 16:
             raise DataError(f"{label.path} holds the label {largest}, too large for a picture: "

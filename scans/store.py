@@ -72,6 +72,8 @@ def prepare_case(case: Case, dataset: Dataset) -> tuple:
     strange = odd_values(pair.image, dataset.modality)
     if strange and dataset.modality == "ct":
         pair.problems.append(strange)
+    if dataset.modality != "ct" and guess_modality(pair.image) == "ct":
+        pair.problems.append(f"its values look like CT in HU, but are read as {dataset.modality}")
     cut = slicing(pair.image)
     scale = intensity_range(pair.image, dataset.modality)
     label, label_scale = prepare_label(pair, cut.cut(pair.label.array), dataset, scale)
@@ -200,6 +202,14 @@ def is_stored(case):
 # ------------------------------------------------------------------------------------------------
 # Writing and reading one case
 
+def save(path, array):
+    """np.save, whose OSError of a full disk has no number."""
+    try:
+        np.save(path, array)
+    except OSError as error:
+        raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error)) from None
+
+
 def write_case(case: Case, dataset: Dataset, folder: Path) -> None:
     """Prepare a case into its folder, whole or not at all, whatever other programs do there."""
     arrays, index = prepare_case(case, dataset)
@@ -208,7 +218,7 @@ def write_case(case: Case, dataset: Dataset, folder: Path) -> None:
     temporary.mkdir(parents=True)
     try:
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
+            save(temporary / f"{name}.npy", array)
         index["bytes"] = {p.name: p.stat().st_size for p in sorted(temporary.glob("*.npy"))}
         (temporary / "case.json").write_text(json.dumps(index))
         replace_folder(folder, temporary)
@@ -337,6 +347,8 @@ def attempt(function, job):
         return None, error
     except MemoryError:
         return None, DataError("it does not fit in memory")
+    except Exception as error:  # whatever else a damaged file brings about
+        return None, DataError(f"{type(error).__name__}: {error}")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def read_volume(path, channel: int | None = None, mask: bool = False,
     from scans.dicom import is_dicom, read_dicom
 
     path = Path(path)
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise DataError(f"{path}: no such file: check the path")
     kind = extension(path)
     if path.is_dir() or guarded(is_dicom, path):
@@ -246,6 +246,7 @@ def _read_nifti(path, channel):
     image = _open_nifti(path)
     _check_size(image.shape, path)
     _check_gray(image.dataobj.dtype, path)
+    _check_sum(path, np.prod(image.shape) * image.dataobj.dtype.itemsize)
     array, note = _nifti_array(image, path, channel)
     affine, notes = _nifti_affine(image, path)
     shape = image.shape if channel is None else None  # one channel has another shape than its file
@@ -267,6 +268,17 @@ def _open_nifti(path):
         content = gzip.open(path).read(8 * MAX_VOXELS)  # no more: it may be made to fill memory
     second = 540 in (int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big"))
     return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
+
+
+def _check_sum(path, size):
+    """Read a gzipped file to its end, where its checksum is: nibabel stops before. size: bytes."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return
+    with gzip.open(path) as file:
+        for _ in range(2 + (int(size) >> 24)):  # no more than the header says, and 16 MB
+            if not file.read(2 ** 24):
+                break
 
 
 def _nifti_affine(image, path):
@@ -667,11 +679,15 @@ def intensity_range(volume: Volume, modality: str) -> tuple:
         return 0.0, 255.0
     if modality == "ct":
         return CT_WINDOW
-    low, high = (float(v) for v in np.percentile(volume.array, (0.5, 99.5)))
+    with np.errstate(over="ignore"):
+        low, high = (float(v) for v in np.percentile(volume.array, (0.5, 99.5)))
     if high <= low:  # nearly empty, or constant
         low, high = float(volume.array.min()), float(volume.array.max())
     if high <= low:
         high = low + 1.0
+    if high - low > float(np.finfo(np.float32).max):
+        raise DataError(f"{volume.path} reaches from {low:.4g} to {high:.4g}: replace such values, "
+                        "for example by the background value")
     return low, high
 
 
@@ -784,8 +800,11 @@ def read_json(path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all, also where several machines write the same one."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def command_line(main: Callable) -> None:
@@ -799,10 +818,14 @@ def command_line(main: Callable) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
-    except (ValueError, OSError) as error:  # DataError is a ValueError
-        if os.environ.get("MVG_DEBUG"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # DataError is a ValueError
+        memory = isinstance(error, MemoryError) or "memory" in str(error)  # of torch: RuntimeErrors
+        if os.environ.get("MVG_DEBUG") or isinstance(error, RuntimeError) and not memory:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = " ".join(str(error).split())
+        if memory:
+            words = f"it does not fit in memory: take smaller images or batches ({words[:100]})"
+        print(f"error: {words}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

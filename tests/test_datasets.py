@@ -466,6 +466,14 @@ def test_the_uamt_form_of_la(tmp_path, monkeypatch):
         hit.cases[0].load()
 
 
+def test_h5_files_with_nan_are_named(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="h5py, which this form needs, is not installed")
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["image"], f["label"] = np.full((3, 4, 5), np.nan, np.float32), np.ones((3, 4, 5))
+    with pytest.raises(DataError, match="a.h5 has 60 voxels that are NaN"):
+        datasets.load_h5(tmp_path / "a.h5")
+
+
 def test_la_scans_with_the_same_mask_are_one_patient(tmp_path):
     for name, value in (("A", 1), ("B", 2), ("C", 1)):
         folder = tmp_path / "Training Set" / name
@@ -622,6 +630,91 @@ def test_deeplesion_of_8_bits_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # dataset.json
+
+def test_two_cases_of_one_name_are_a_problem(tmp_path):
+    folder = tmp_path / "Dataset900_X"
+    for name in "abc":
+        write_pair(folder, name)
+    second = folder / "imagesTr" / "b_0000.png"
+    write_png(second, np.ones((4, 4), np.uint8))
+    hit = find(tmp_path)["Dataset900_X"]
+    assert [c.name for c in hit.cases] == ["a", "b", "c"]
+    assert "b is the name of 2 cases" in str(hit.problems)
+
+
+@pytest.mark.parametrize("channels,modality", (
+    ({"0": "CT"}, "ct"), (["CT"], "ct"), ({"0": " CT "}, "ct"),
+    ({"0": "Computed Tomography"}, "ct"), ("CT", "ct"), ({"0": "T2"}, "mri"),
+    ({"CT": 0}, None), ({"1": "CT"}, None), ({}, None), (3, None)))
+def test_the_first_channel_names_the_modality(tmp_path, channels, modality):
+    write_pair(tmp_path / "Dataset900_X", "a", channel_names=channels)
+    if modality:
+        assert find(tmp_path)["Dataset900_X"].dataset.modality == modality
+    else:
+        with pytest.raises(DataError, match="do not name the first one"):
+            find(tmp_path)
+
+
+@pytest.mark.parametrize("labels", (
+    {"background": 0, "a": 10200004}, {"background": 0, "a": 1, "b": 1},
+    {"background": 0, "a": 1.7}, {"background": 0, "a": -1}, {"background": 0, "a": [1, 2]}, {"background": 0, "a": 1e400}))
+def test_classes_have_one_number_each_up_to_255(tmp_path, labels):
+    write_pair(tmp_path / "Dataset900_X", "a", labels=labels)
+    with pytest.raises(DataError, match="no plain classes: give every class one number, from 0"):
+        find(tmp_path)
+
+
+def test_ignore_alone_names_no_class(tmp_path):
+    write_pair(tmp_path / "Dataset900_X", "a", labels={"ignore": 1})
+    with pytest.raises(DataError, match="names no class above 0"):
+        find(tmp_path)
+
+
+def test_patients_are_found_in_the_names_of_cases(tmp_path):
+    folder, cases = tmp_path / "Dataset900_X", [f"pat{p}_slice{s}" for p in (1, 2) for s in (1, 2)]
+    for name in cases:
+        write_pair(folder, name, patient=r"^(pat\d+)_")
+    hit = find(tmp_path)["Dataset900_X"]
+    assert [c.patient for c in hit.cases] == ["pat1", "pat1", "pat2", "pat2"]
+    assert len({c.split for c in hit.cases if c.patient == "pat1"}) == 1 and not hit.notes
+    for bad in ("(", "x", 3, "pat"):
+        write_pair(folder, cases[0], patient=bad)
+        with pytest.raises(DataError, match='"patient" .* finds no patient in'):
+            find(tmp_path)
+    write_pair(folder, cases[0])
+    hit = find(tmp_path)["Dataset900_X"]
+    assert [c.patient for c in hit.cases] == cases and "a patient of its own" in hit.notes[0]
+
+
+def test_an_nnunet_1_folder_lists_its_images_without_their_channel(tmp_path):
+    folder = tmp_path / "Task900_Old"
+    for name in "ab":
+        write_pair(folder, name)
+    entries = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in "ab"]
+    write_about(folder, name="Old", modality={"0": "MRI"}, training=entries,
+                labels={"0": "background", "1": "thing"})
+    hit = find(tmp_path)["msd_old"]
+    assert [c.name for c in hit.cases] == ["a", "b"] and not hit.problems
+    assert hit.cases[0].files[0].name == "a_0000.nii.gz"
+
+
+def test_a_folder_that_is_no_dataset_or_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write_pair(tmp_path / "Dataset900_X", "a")
+    write_pair(tmp_path / "Dataset901_Y", "a")
+    (tmp_path / "Dataset901_Y" / "dataset.json").unlink()
+    (tmp_path / "lost+found").mkdir()
+    search, said = datasets.datasets_of_folder, []
+
+    def refused(folder, *more):
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return search(folder, *more)
+
+    monkeypatch.setattr(datasets, "datasets_of_folder", refused)
+    assert list(find(tmp_path, say=said.append)) == ["Dataset900_X"]
+    assert "Dataset901_Y has imagesTr but no dataset.json" in said[0]
+    assert "lost+found cannot be searched (Permission denied)" in said[1]
+
 
 def test_what_nobody_annotated_has_no_truth(tmp_path):
     """nnU-Net's ignore label is no class: `valid` is False there."""

@@ -51,6 +51,12 @@ def test_the_label_is_found_by_the_usual_names(tmp_path, image, label):
     assert find_label(tmp_path / image) == tmp_path / label
 
 
+@pytest.mark.parametrize("image,label", (("A.NII", "A_label.NII"), ("B.nii", "B_Label.nii")))
+def test_small_and_capital_letters_are_alike(tmp_path, image, label):
+    touch(tmp_path / image, tmp_path / label)
+    assert find_label(tmp_path / image) == tmp_path / label
+
+
 def test_several_labels_of_an_image_are_not_chosen_from(tmp_path):
     touch(tmp_path / "a.png", tmp_path / "a_mask.png", tmp_path / "a_mask_1.png")
     with pytest.raises(DataError, match="a_mask.png is one of several labels, beside a_mask_1.png"):
@@ -108,6 +114,13 @@ def test_a_folder_with_a_dicom_series_is_one_input(tmp_path):
     touch(tmp_path / "scan_label.nii.gz", tmp_path / "other.nii.gz")  # a patient's folder
     assert [p.name for p in find_inputs([tmp_path])] == ["other.nii.gz", "scan"]
     assert find_inputs([tmp_path], [tmp_path / "other.nii.gz"]) == [tmp_path / "scan"]
+    touch(tmp_path / "scan" / "label.nii.gz")
+    assert find_inputs([tmp_path / "scan"]) == [tmp_path / "scan"]
+    touch(tmp_path / "scan" / "x1.nii.gz")
+    with pytest.raises(DataError, match="a DICOM series and other images .x1.nii.gz.: name what"):
+        find_inputs([tmp_path / "scan"])
+    with pytest.raises(DataError, match="an input is empty: is a variable not set"):
+        find_inputs([""])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -140,9 +153,9 @@ def test_no_two_inputs_have_one_answer(tmp_path):
     assert [p.name for p in output_paths(tmp_path / "out", [scans[2], tmp_path / "link.nii"], [])] \
         == ["b_mvg.nii", "link_mvg.nii"]
     for twin in ("a.jpg", "a.tif"), ("a.nii", "a.nii.gz"), ("a.mhd", "a.nrrd"):
-        with pytest.raises(DataError, match="would both be answered in"):
+        with pytest.raises(DataError, match="would both be answered under"):
             output_paths(None, [tmp_path / name for name in twin], [])
-    with pytest.raises(DataError, match="would both be answered in"):  # the same file twice
+    with pytest.raises(DataError, match="would both be answered under"):  # the same file twice
         output_paths(tmp_path / "out", [scans[2], scans[2]], [])
 
 

@@ -396,5 +396,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
         with pytest.raises(ValueError, match=f"{name}.pt"):
             mvg.load(tmp_path / f"{name}.pt")
     assert "never run" not in capsys.readouterr().out
+    broken = small("fused")
+    broken.mask_token.data[...] = float("nan")
+    mvg.save(tmp_path / "nan.pt", broken)
+    with pytest.raises(ValueError, match="nan.pt has weights that are NaN or infinite"):
+        mvg.load(tmp_path / "nan.pt")
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         mvg.load(tmp_path / "nothing.pt")

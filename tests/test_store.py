@@ -388,6 +388,38 @@ def test_a_read_only_data_root_and_a_full_disk(tmp_path, monkeypatch):
         build(find(root), tmp_path / "other")
 
 
+def test_a_disk_that_runs_full_ends_the_preparation(tmp_path, monkeypatch):
+    """np.save's error of a short write has no number."""
+    write_pair(tmp_path / "data" / "Dataset900_One", "a")
+
+    def full(path, array):
+        raise OSError("196608 requested and 118656 written")
+
+    monkeypatch.setattr(np, "save", full)
+    words = "cannot be written .196608 requested and 118656 written.: free some space"
+    with pytest.raises(DataError, match=words):
+        prepare(find(tmp_path / "data"), tmp_path / "store", quiet, workers=1)
+
+
+def test_whatever_a_damaged_file_brings_about_costs_its_case_alone():
+    def broken(x):
+        return np.zeros((2, 0)).min() / x
+
+    (_, answer, error), = in_processes(broken, [(1,)], 1)
+    assert answer is None and isinstance(error, DataError) and "ValueError: zero-size" in str(error)
+
+
+def test_ct_that_is_called_mri_is_a_problem(tmp_path):
+    write_pair(tmp_path / "Dataset900_One", "a")
+    path = tmp_path / "Dataset900_One" / "imagesTr" / "a_0000.nii.gz"
+    image = nibabel.load(path)
+    hu = np.linspace(-1000, 500, image.shape[0] * 240).reshape(image.shape).astype(np.int16)
+    nibabel.Nifti1Image(hu, image.affine).to_filename(path)
+    hit = find(tmp_path)["Dataset900_One"]
+    assert "look like CT in HU, but are read as mri" in str(
+        prepare_case(hit.cases[0], hit.dataset)[1]["problems"])
+
+
 # ---- processes
 
 def die(number):

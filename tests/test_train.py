@@ -480,6 +480,19 @@ def test_a_rank_that_dies_ends_the_others_within_a_minute(store, tmp_path, death
     assert ("Signal 9 (SIGKILL)" if death == "killed" else "cannot be read, acdc ") in said
 
 
+def test_a_run_folder_is_used_by_one_training_at_a_time(store, tmp_path):
+    (tmp_path / "r").mkdir()
+    hold = ("import sys; from pathlib import Path; from running.folder import locked; "
+            "kept = locked(Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "r")], cwd=ROOT,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(DataError, match="r is in use by another training: name another --out"):
+        run(store, tmp_path / "r", "--steps", "1")
+    other.communicate()
+    run(store, tmp_path / "r", "--steps", "1")
+
+
 def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(store, tmp_path):
     run(store, tmp_path / "r", "--steps", "2", "--stop_at", "1")
     last = tmp_path / "r" / "last.pt"
@@ -491,6 +504,12 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(store, tmp_path):
         train.main(["--resume", "--out", str(tmp_path / "r"), "--datasets", "acdc"])
     with pytest.raises(DataError, match="done 1 steps of 1"):
         train.main(["--resume", "--out", str(tmp_path / "r"), "--steps", "1"])
+    log = tmp_path / "r" / "log.jsonl"
+    kept = log.read_text()
+    log.write_text("\0" * 40 + "\n")
+    with pytest.raises(DataError, match="log.jsonl has a line that is no log line"):
+        train.main(["--resume", str(last)])
+    log.write_text(kept)
     run(store, tmp_path / "other", "--steps", "1")
     before = (tmp_path / "other" / "last.pt").read_bytes()
     with pytest.raises(DataError, match="already holds a run"):

@@ -456,6 +456,21 @@ def test_8_bit_pictures_of_ct_are_not_odd():
     assert "not in HU" in volumes.odd_values(plain(np.ones((3, 4, 1))), "ct")
 
 
+@pytest.mark.parametrize("damage", ("cut", "checksum"))
+def test_a_gzipped_file_is_read_to_its_checksum(tmp_path, damage):
+    """nibabel stops at the last voxel, before it."""
+    path = write_nifti(tmp_path / "a.nii.gz", np.arange(2000, dtype=np.int16).reshape(10, 10, 20))
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] if damage == "cut" else content[:-8] + b"1234" + content[-4:])
+    with pytest.raises(DataError, match="a.nii.gz cannot be read .*damaged or cut short"):
+        read_volume(path)
+
+
+def test_values_that_no_float_can_span_are_named():
+    with pytest.raises(DataError, match="reaches from -3e.38 to 3e.38: replace such values"):
+        volumes.intensity_range(plain(np.float32([[[-3e38, 3e38]]])), "mri")
+
+
 # --------------------------------------------------------------------------------------------------
 # Writing
 
