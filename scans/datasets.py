@@ -819,8 +819,7 @@ def nnunet(folder):
         load = partial(load_annotated, ignore=labels["ignore"])
     pattern, notes, cases = about.get("patient"), [], []
     if pattern is None:
-        notes.append('every case counts as a patient of its own: if some share one, say so by '
-                     '"patient" in dataset.json (docs/datasets.md)')
+        notes.append('every case counts as a patient of its own, as dataset.json has no "patient"')
     for part, split in (("Tr", "train"), ("Ts", "test")):
         place = folder / f"labels{part}"
         files = {stem(p): p for p in clean(place.glob("*")) if extension(p)}

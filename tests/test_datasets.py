@@ -657,7 +657,8 @@ def test_the_first_channel_names_the_modality(tmp_path, channels, modality):
 
 @pytest.mark.parametrize("labels", (
     {"background": 0, "a": 10200004}, {"background": 0, "a": 1, "b": 1},
-    {"background": 0, "a": 1.7}, {"background": 0, "a": -1}, {"background": 0, "a": [1, 2]}, {"background": 0, "a": 1e400}))
+    {"background": 0, "a": 1.7}, {"background": 0, "a": -1}, {"background": 0, "a": [1, 2]},
+    {"background": 0, "a": 1e400}))
 def test_classes_have_one_number_each_up_to_255(tmp_path, labels):
     write_pair(tmp_path / "Dataset900_X", "a", labels=labels)
     with pytest.raises(DataError, match="no plain classes: give every class one number, from 0"):
