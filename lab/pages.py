@@ -351,10 +351,10 @@ def verdicts():
     Scores are averaged over the seeds that were run. A set is left out where an interval over its
     patients would be little more than their range, or where neither run is ahead of copying.
     """
-    seeded = {run: [run, f"{run}-seed1", f"{run}-seed2"] for run in ("unified", "predefined")}
+    random, predefined, binary = ([run, f"{run}-seed1", f"{run}-seed2"] for run in COLORINGS)
     asked = (("unified ahead of isolated", "5", ["unified"], each("isolated")),
-             ("random ahead of predefined colors", "4", *seeded.values()),
-             ("random ahead of binary colors", "4", ["unified"], ["binary"]),
+             ("random ahead of predefined colors", "4", random, predefined),
+             ("random ahead of binary colors", "4", random, binary),
              ("AR ahead of MIM on segmentation", "6", ["ar"], ["mim75"]),
              ("more data is better: all against a tenth", "Figure 7", ["unified"], ["data10"]))
     rows = []
@@ -385,6 +385,7 @@ def verdicts():
 
 
 FEWEST_PATIENTS = 5  # of a verdict's set
+COLORINGS = ("unified", "predefined", "binary")  # runs with random, predefined, binary colors
 
 
 def over_seeds(run, dataset):
@@ -415,11 +416,11 @@ def isolated():
 
 
 def seeds():
-    """Random against predefined colors, three seeds."""
+    """Every coloring, three seeds."""
     rows = []
     for d in (*MASKS, "mean"):
         row = [TITLES.get(d, d)]
-        for run in ("unified", "predefined"):
+        for run in COLORINGS:
             values = []
             for name in (run, f"{run}-seed1", f"{run}-seed2"):
                 found = claim(name)
@@ -427,7 +428,7 @@ def seeds():
                 values.append(mean(of))
             row.append(" / ".join(values))
         rows.append(row)
-    return markdown(["seeds 0 / 1 / 2", "random", "predefined"], rows)
+    return markdown(["seeds 0 / 1 / 2", "random", "predefined", "binary"], rows)
 
 
 def images():

@@ -67,9 +67,10 @@ for set in $segmentation; do # an eighth of the unified run's samples are of eac
     claim "unet-$set" "$real" $set --steps $((steps / 8)) $unet
 done
 claim sequence "$real" "$five" --steps $steps --layout sequence
-for seed in 1 2; do # three seeds of random and predefined colors
+for seed in 1 2; do # three seeds of every coloring
     claim "unified-seed$seed" "$real" "$five" --steps $steps --seed $seed
     claim "predefined-seed$seed" "$real" "$five" --steps $steps --seed $seed --coloring predefined
+    claim "binary-seed$seed" "$real" "$five" --steps $steps --seed $seed --coloring binary
 done
 claim data10 "$real" "$five" --steps $steps --data_fraction 0.1
 claim data50 "$real" "$five" --steps $steps --data_fraction 0.5
