@@ -155,11 +155,10 @@ class Session:
         folder = self.uploads.place(scan.number, "answer")
         output = output_paths(folder, [scan.volume.path], files)[0]
         scan.case = infer.Case(scan.volume, output, prompts, self.model, args)
-        classes = prompts.classes()
         low_high = scan.stack.low_high if prompts.masks else prompts.label_range
         return {"notes": list(map(self.uploads.without_folder, scan.case.notes)),
                 "segmentation": scan.case.segmentation, "range": low_high,
-                "classes": sorted(classes) if scan.case.segmentation else []}
+                "classes": sorted(prompts.classes()) if scan.case.segmentation else []}
 
 
 class Handler(LocalHandler):
@@ -236,8 +235,8 @@ def main(argv=None):
     volumes.MAX_VOXELS = MAX_VOXELS
     if not 0 <= args.port <= 65535:
         raise DataError(f"--port is {args.port}: it is from 0 to 65535")
-    for name in ("SIGTERM", "SIGHUP"):  # so that the uploads go; Windows has no SIGHUP
-        if hasattr(signal, name):
+    for name in {"SIGTERM", "SIGHUP"} & {s.name for s in signal.Signals}:  # so that uploads go
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
             signal.signal(getattr(signal, name), lambda *_: sys.exit())
     session = Session(args)
     try:

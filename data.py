@@ -218,7 +218,7 @@ class ContextSamples(Dataset):
         """What the three numbers of `Batch.drawn` stand for, as text."""
         name = self.names[dataset]
         if name == SYNTHETIC:
-            return f"{name} {case}"
+            return f"{name} step {case} sample {k}"
         return f"{name} {self.cases[name][case].name} slice {k}"
 
 

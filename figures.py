@@ -27,17 +27,22 @@ def pyplot():
     if "matplotlib.pyplot" not in sys.modules:
         matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams["text.parse_math"] = False  # names may hold a $
     return plt
 
 
 def finish(figure, path, dpi=110, **layout):
     """Write a figure and forget it."""
-    figure.tight_layout(**layout)
     path = Path(path)
+    try:
+        figure.tight_layout(**layout)
+    except ValueError:  # a name with a $ is no formula
+        from matplotlib.text import Text
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        figure.tight_layout(**layout)
     temporary = path.with_name(f".{path.name}")  # whole or not at all
     try:
-        figure.savefig(temporary, dpi=dpi, format="png")
+        figure.savefig(temporary, dpi=dpi)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -210,8 +215,10 @@ def draw_overlay(path, stack, answer, classes=None, pixel=(1, 1)):
     rows, width = -(-len(shown) // columns), min(6, 11 / columns)  # inches
     _, H, W = stack.shape
     high = width * H * pixel[0] / (W * pixel[1] * (1 if classes is not None else 2))
+    tall, named = (min(high, 3 * width) + 0.2) * rows, classes is not None and len(classes) <= 20
+    legend = 0.5 if named else 0  # inches below
     figure, axes = pyplot().subplots(rows, columns, squeeze=False,
-                                     figsize=(width * columns, (min(high, 3 * width) + 0.2) * rows))
+                                     figsize=(width * columns, tall + legend))
     for axis in axes.flat:
         axis.axis("off")
     for axis, k in zip(axes.flat, shown):
@@ -226,12 +233,12 @@ def draw_overlay(path, stack, answer, classes=None, pixel=(1, 1)):
             numbers = np.searchsorted([0, *classes], answer[k])
             laid = show_classes(axis, numbers, len(classes), alpha=0.5)
             laid.axes.set_aspect(pixel[0] / pixel[1])
-    if classes is not None and len(classes) <= 20:
+    if named:
         from matplotlib.patches import Patch
         handles = [Patch(color=laid.cmap(laid.norm(n)), label=f"{value}")
                    for n, value in enumerate(classes, 1)]
-        axes[0, 0].legend(handles=handles, fontsize=6, loc="upper left", framealpha=0.6)
-    finish(figure, path, dpi=100)
+        figure.legend(handles=handles, fontsize=7, loc="lower center", ncols=10, frameon=False)
+    finish(figure, path, dpi=100, rect=(0, legend / (tall + legend), 1, 1))
 
 
 def draw_datasets(path, found, columns=4):

@@ -28,8 +28,8 @@ from data import matching_slice
 from predict import Options, detection_masks, predict, predict_boxes, predict_stack
 from running.checkpoints import find_checkpoint, pick_device
 from scans import boxes
-from scans.files import (AXES, Example, answer_type, choose_modality, cut_slices, find_inputs,
-                         output_paths, remarks)
+from scans.files import (AXES, Example, answer_type, choose_modality, cut_slices, differ,
+                         find_inputs, output_paths, remarks)
 from scans.volumes import (DataError, Scaled, command_line, extension, intensity_range,
                            number_colors, read_volume, shape_text, stem, write_json, write_like)
 
@@ -96,7 +96,7 @@ class Case:
         self.say(f"label {example.label.path}; task {task}; prompt {theirs}, "
                  f"{len(example.images)} {axis} slices; input {self.modality}, "
                  f"{len(self.stack)} {self.axis} slices; mode {mode}")
-        if theirs != self.modality and {theirs, self.modality} - {"picture", "xray", "ultrasound"}:
+        if differ(theirs, self.modality):
             self.say(f"warning: the prompt looks like {theirs} and the input like "
                      f"{self.modality}: pass --modality if that is wrong")
         if axis != self.axis:

@@ -203,7 +203,7 @@ def parse(argv=None):
         recipe, run = Recipe(**changes), {**RUN, **typed}
     for name in ("epochs", "steps", "minutes", "stop_at", "log_every", "save_every"):
         if run.get(name) is not None and not 0 < run[name] < HUGE:
-            raise DataError(f"--{name} is {run[name]}: it must be above 0")
+            raise DataError(f"--{name} is {run[name]}: it must be a number above 0")
     run = {name: value for name, value in run.items() if name not in FLAGS and name != "set"}
     return argparse.Namespace(**{"stop_at": None, "resume": None, "finetune": None,
                                  "device": None, **run}), recipe

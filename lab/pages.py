@@ -365,12 +365,14 @@ def verdicts():
             if None in pair:
                 rows.append([title, table, "", "", "", NOT_RUN])
                 break
-            low, high = interval_of_difference(pair)
             patients = len({patient for patient, _ in pair[0]["cases"].values()})
-            name, span = TITLES[d].split(",")[0], f"[{low:+.2f}, {high:+.2f}]"
+            name = TITLES[d].split(",")[0]
             if patients < FEWEST_PATIENTS:
                 out.append(f"{name} ({patients} patients)")
-            elif max(r["mIoU"] for r in pair) <= pair[0]["copied"]:
+                continue
+            low, high = interval_of_difference(pair)
+            span = f"[{low:+.2f}, {high:+.2f}]"
+            if max(r["mIoU"] for r in pair) <= pair[0]["copied"]:
                 difference = pair[0]["mIoU"] - pair[1]["mIoU"]
                 out.append(f"{name} (copying is ahead of both, {difference:+.2f})")
             elif low > 0:

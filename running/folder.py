@@ -198,10 +198,10 @@ class Run:
                         "started": time.strftime("%Y-%m-%d %H:%M:%S")}})
         log = self.out / "log.jsonl"
         lines = []
-        if self.step and log.exists():
-            lines = log.read_text().splitlines(keepends=True)
         # A run that was killed leaves half a line, or steps that were logged and not saved.
         try:
+            if self.step and log.exists():
+                lines = log.read_text().splitlines(keepends=True)
             lines = [l for l in lines if l.endswith("\n") and json.loads(l)["step"] <= self.step]
         except (ValueError, TypeError, KeyError):
             raise DataError(f"{log} has a line that is no log line: repair or remove it") from None

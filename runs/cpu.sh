@@ -14,8 +14,10 @@ datasets="acdc chest_xray la microsegnet brats_gli"
 [ -d $data ] || $python -m lab.phantom --out $data --datasets $datasets
 # Binary colors and the squared loss show something after minutes (docs/study.md); the paper's
 # random colors and smooth L1 are the defaults, and need longer.
-$python train.py --data_root $data --datasets $datasets --model demo --image_size 64 \
+length="--steps 200"
+[[ " $* " != *" --minutes "* && " $* " != *" --epochs "* ]] || length=
+$python train.py --data_root $data --datasets $datasets --model demo --image_size 64 $length \
     --coloring binary --set loss=l2 background_weight=0.2 drop_path=0 \
-    --optimizer muon --lr 2e-3 --batch_size 16 --steps 200 --out runs/cpu "$@"
+    --optimizer muon --lr 2e-3 --batch_size 16 --out runs/cpu "$@"
 [[ " $* " == *" --dry_run "* ]] || \
     $python eval.py --data_root $data --datasets $datasets --checkpoint runs/cpu/last.pt

@@ -26,6 +26,7 @@ import csv
 import difflib
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -787,12 +788,11 @@ def decathlon(folder):
     if not all(isinstance(entry, dict) and {"image", "label"} <= set(entry) for entry in entries):
         raise DataError(f"{folder}/dataset.json: every entry of training needs an image and a "
                         "label: correct it")
-    pairs = [(first_channel(inside(folder, entry["image"])), inside(folder, entry["label"]))
-             for entry in entries]
+    pairs = [(inside(folder, entry["image"]), inside(folder, entry["label"])) for entry in entries]
     pairs.sort(key=lambda pair: natural(pair[0].name))
     load = partial(load_pair, channel=0)
-    names = [stem(image).removesuffix("_0000") for image, _ in pairs]
-    return [make_case(name, name, "train", pair, load) for name, pair in zip(names, pairs)]
+    return [make_case(stem(image), stem(image), "train", (first_channel(image), label), load)
+            for image, label in pairs]
 
 
 def first_channel(image):
@@ -836,10 +836,14 @@ def nnunet(folder):
 def find_patient(folder, pattern, name):
     """The patient in a case's name. Raises DataError for a pattern that finds none."""
     try:
-        return re.search(pattern, name)[1]
-    except (re.error, TypeError, IndexError) as error:
+        match = re.search(pattern, name)
+        patient = match and match[1]
+    except (re.error, TypeError, IndexError):
+        patient = None
+    if not patient:
         raise DataError(f"{folder}/dataset.json: \"patient\" {pattern!r} finds no patient in "
-                        f"{name!r} ({error}): write a regular expression with one group") from None
+                        f"{name!r}: write a regular expression with one group")
+    return patient
 
 
 def load_annotated(image, label, ignore):
@@ -1092,12 +1096,13 @@ def settle(found: Found) -> None:
             missing = ", ".join(p.name for p in case.files if not p.is_file()) or "its label"
             found.problems.append(f"{case.name}: {missing} is missing, it is neither trained on "
                                   "nor scored")
-    names = [c.name for c in found.cases]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        first, *others = [c for c in found.cases if c.name == name]
-        found.problems.append(f"{name} is the name of {len(others) + 1} cases: "
-                              f"{first.files[0]} is kept; rename the others")
-        found.cases = [c for c in found.cases if c not in others]
+    for name, count in Counter(c.name for c in found.cases).items():
+        if count > 1:
+            kept = next((c for c in found.cases if c.name == name and c.split != "inference"),
+                        next(c for c in found.cases if c.name == name))
+            found.problems.append(f"{name} is the name of {count} cases: {kept.files[0]} is kept; "
+                                  "rename the others")
+            found.cases = [c for c in found.cases if c.name != name or c is kept]
     cases = [c for c in found.cases if c.split != "inference"]
     if len({c.patient for c in cases}) == 1:
         for case in cases:

@@ -47,13 +47,16 @@ def find_label(image) -> Path:
                    for ending in ("", *LABEL_NAMES)]
     if name == "lgemri":  # LA 2018
         places.append((folder, "laendo"))
-    there = {place: {f.name.lower(): f for f in place.iterdir()} if place.is_dir() else {}
-             for place, _ in places}
-    for place, label in places:
-        for kind in (extension(image), *EXTENSIONS):
-            found = there[place].get((label + kind).lower())
-            if found and found.is_file():
-                return only_label(found)
+    files = [(place, label + kind) for place, label in places
+             for kind in (extension(image), *EXTENSIONS)]
+    for place, file in files:
+        if (place / file).is_file():
+            return only_label(place / file)
+    there = {(place, f.name.lower()): f for place in {p for p, _ in places} if place.is_dir()
+             for f in place.iterdir() if f.is_file()}
+    for place, file in files:  # small and capital letters alike
+        if (place, file.lower()) in there:
+            return only_label(there[place, file.lower()])
     raise DataError(f"{image}: no label beside it (looked for {name}_label, {name}_seg, "
                     f"{name}_gt, ... in {', '.join(dict.fromkeys(str(p) for p, _ in places))}): "
                     "pass --prompt_label")
@@ -61,8 +64,9 @@ def find_label(image) -> Path:
 
 def only_label(found):
     """A label's file. Raises DataError where others are numbered after it: x_mask, x_mask_1."""
-    more = [f.name for f in clean(found.parent.iterdir())
-            if re.fullmatch(re.escape(stem(found)) + r"[_-]?\d+", stem(f)) and extension(f)]
+    numbered = re.compile(re.escape(stem(found)) + r"[_-]?\d+")
+    more = [f.name for f in found.parent.iterdir() if label_of(stem(found))
+            and numbered.fullmatch(stem(f)) and extension(f)]
     if more:
         raise DataError(f"{found} is one of several labels, beside {', '.join(more[:3])}: "
                         "make one file of them, or pass --prompt_label")
@@ -73,8 +77,8 @@ def find_inputs(given, labels=()) -> list:
     """Files and folders -> the files to answer.
 
     A folder is a DICOM series, or stands for every image in it, and every folder with a series,
-    that is neither a label nor an answer. Of several channels in nnU-Net's names (x_0000, x_0001)
-    the first is one. labels: of the prompts, which are no inputs. Raises DataError for a folder
+    that is neither a label nor an answer. In nnU-Net's folders the first channel (x_0000) is one.
+    labels: of the prompts, which are no inputs. Raises DataError for a folder
     without an image.
     """
     found, labels = [], {Path(label).resolve() for label in labels}
@@ -88,16 +92,18 @@ def find_inputs(given, labels=()) -> list:
                  if (f.is_file() and extension(f)) or (f.is_dir() and is_dicom(f))]
         if is_dicom(path):
             others = [f for f in files if extension(f) not in DICOM and f.is_file()
-                      and not is_label(stem(f), [stem(f), path.name]) and f.resolve() not in labels]
+                      and not (label_of(stem(f)) or stem(f).lower() in LABEL_WORDS
+                               or stem(f).endswith(ANSWERS) or f.resolve() in labels)]
             if others:
                 raise DataError(f"{path} holds a DICOM series and other images "
                                 f"({others[0].name}): name what is to be answered")
             found.append(path)
             continue
         names = [stem(f) for f in files]
+        channels = path.absolute().name in TWINS  # nnU-Net's
         images = [f for f in files if not is_label(stem(f), names)
-                  and not stem(f).endswith(ANSWERS) and not is_channel(stem(f), names)
-                  and f.resolve() not in labels]
+                  and not stem(f).endswith(ANSWERS) and f.resolve() not in labels
+                  and not (channels and is_channel(stem(f), names))]
         if not images:
             raise DataError(f"{path} holds no image ({' '.join(EXTENSIONS)}) and no DICOM series: "
                             "name another folder")
@@ -109,16 +115,18 @@ def is_label(name, names):
     """Does a file's name, among those of its folder, say that it is another one's label?"""
     if name.lower() in LABEL_WORDS:
         return len(names) > 1
-    base = label_of(name)
-    return base is not None and any(
-        n == base or n.startswith((base + "_", base + "-", base + ".")) for n in names
-        if label_of(n) is None)
+    label = label_of(name)
+    if label is None:
+        return False
+    base, number = label
+    return base in names or not number and any(
+        n.startswith((base + "_", base + "-", base + ".")) for n in names if not label_of(n))
 
 
 def label_of(name):
-    """The image's name in that of its label (x_mask, x_mask_1 -> x), or None."""
-    match = re.fullmatch(rf"(.+)[_.-]({'|'.join(LABEL_WORDS)})([_-]?\d+)?", name, re.IGNORECASE)
-    return match and match[1]
+    """(the image's name in that of its label, a number after it): x_mask_1 -> (x, _1); or None."""
+    match = re.fullmatch(rf"(.+)[_.-](?:{'|'.join(LABEL_WORDS)})([_-]?\d+)?", name, re.IGNORECASE)
+    return match and match.groups()
 
 
 def is_channel(name, names):
@@ -297,6 +305,12 @@ def remarks(volume, modality=None):
     note, odd = volume.note, odd_values(volume, modality)
     return ([f"note: {volume.path.name}: {note}"] * bool(note)
             + [f"warning: {volume.path.name}: {odd}"] * bool(odd))
+
+
+def differ(one, other):
+    """Are two modalities at odds? A picture may be an X-ray or ultrasound."""
+    alike = {"picture", "xray"}, {"picture", "ultrasound"}
+    return one != other and {one, other} not in alike
 
 
 def choose_modality(volume, args):

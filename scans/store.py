@@ -73,7 +73,7 @@ def prepare_case(case: Case, dataset: Dataset) -> tuple:
     if strange and dataset.modality == "ct":
         pair.problems.append(strange)
     if dataset.modality != "ct" and guess_modality(pair.image) == "ct":
-        pair.problems.append(f"its values look like CT in HU, but are read as {dataset.modality}")
+        pair.notes.append(f"its values look like CT in HU, but are read as {dataset.modality}")
     cut = slicing(pair.image)
     scale = intensity_range(pair.image, dataset.modality)
     label, label_scale = prepare_label(pair, cut.cut(pair.label.array), dataset, scale)
@@ -348,6 +348,8 @@ def attempt(function, job):
     except MemoryError:
         return None, DataError("it does not fit in memory")
     except Exception as error:  # whatever else a damaged file brings about
+        if os.environ.get("MVG_DEBUG"):
+            raise
         return None, DataError(f"{type(error).__name__}: {error}")
 
 

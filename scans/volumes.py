@@ -151,7 +151,7 @@ def read_volume(path, channel: int | None = None, mask: bool = False,
     if kind in NIFTI:
         volume = guarded(_read_nifti, path, channel)
     elif kind in ITK:
-        volume = guarded(read_itk, path, channel)
+        volume = guarded(read_itk, path, channel, mask)
     elif kind in PICTURE:
         volume = guarded(_read_picture, path, mask)
     elif path.suffix.lower() in (".hdr", ".img"):
@@ -243,11 +243,16 @@ def _single_precision(array):
 # ---- NIfTI
 
 def _read_nifti(path, channel):
-    image = _open_nifti(path)
+    image, file = _open_nifti(path)
     _check_size(image.shape, path)
     _check_gray(image.dataobj.dtype, path)
-    _check_sum(path, np.prod(image.shape) * image.dataobj.dtype.itemsize)
     array, note = _nifti_array(image, path, channel)
+    if file:  # gzip's checksum is at its end; no more is read than the header says, and 16 MB
+        size = np.prod(image.shape) * image.dataobj.dtype.itemsize
+        with file:
+            for _ in range(2 + (int(size) >> 24)):
+                if not file.read(2 ** 24):
+                    break
     affine, notes = _nifti_affine(image, path)
     shape = image.shape if channel is None else None  # one channel has another shape than its file
     eight_bit = image.dataobj.dtype == np.uint8
@@ -256,29 +261,23 @@ def _read_nifti(path, channel):
 
 
 def _open_nifti(path):
-    """The nibabel image of a file. Its content decides whether it is gzipped, not its name."""
+    """The nibabel image of a file, and the open file where it is gzipped, else None.
+
+    Its content decides whether it is gzipped, not its name.
+    """
     import nibabel
 
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
-    if path.name.endswith(".nii.gz" if zipped else ".nii"):
-        return nibabel.load(path)
-    content = path.read_bytes()
-    if zipped:
-        content = gzip.open(path).read(8 * MAX_VOXELS)  # no more: it may be made to fill memory
-    second = 540 in (int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big"))
-    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
-
-
-def _check_sum(path, size):
-    """Read a gzipped file to its end, where its checksum is: nibabel stops before. size: bytes."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            return
-    with gzip.open(path) as file:
-        for _ in range(2 + (int(size) >> 24)):  # no more than the header says, and 16 MB
-            if not file.read(2 ** 24):
-                break
+    if not zipped and path.name.endswith(".nii"):
+        return nibabel.load(path), None
+    file = gzip.open(path) if zipped else open(path, "rb")
+    start = file.read(4)
+    file.seek(0)
+    second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
+    kind, holder = nibabel.Nifti2Image if second else nibabel.Nifti1Image, nibabel.FileHolder
+    holder = holder(fileobj=file)
+    return kind.from_file_map({"header": holder, "image": holder}), file
 
 
 def _nifti_affine(image, path):
@@ -340,8 +339,11 @@ def check_affine(affine: np.ndarray, path) -> None:
 
 # ---- MetaImage and NRRD, and the pixels of DICOM files
 
-def read_itk(path, channel=None) -> Volume:
-    """What SimpleITK makes of a MetaImage, NRRD or DICOM file, whatever its name ends in."""
+def read_itk(path, channel=None, mask=False) -> Volume:
+    """What SimpleITK makes of a MetaImage, NRRD or DICOM file, whatever its name ends in.
+
+    Colors become gray, but not those of a mask.
+    """
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -357,7 +359,7 @@ def read_itk(path, channel=None) -> Volume:
         image = image[:, :, :, 0]
     array, note = sitk.GetArrayFromImage(image), ""
     channels = image.GetNumberOfComponentsPerPixel()
-    if channels == 3 and array.dtype == np.uint8:
+    if channels == 3 and array.dtype == np.uint8 and not mask:
         array, note = np.rint(array @ LUMA).astype(np.uint8), "a color picture is read as gray"
     elif channels > 1:
         raise DataError(f"{path} has {channels} channels a voxel: save it with one")
@@ -475,7 +477,8 @@ def holds_classes(array: np.ndarray) -> bool:
 def has_soft_edges(array: np.ndarray) -> bool:
     """Is a label a mask whose edges were blurred, as by resizing? Most of it is of two values."""
     values, counts = np.unique(array, return_counts=True)
-    return len(values) > SOFT_EDGES and values[0] == 0 and counts[-1] > 0.5 * counts[1:].sum()
+    mask = values[0] == 0 and (values[-1] == 255 or array.dtype.kind == "f")
+    return len(values) > SOFT_EDGES and bool(mask) and counts[-1] > 0.5 * counts[1:].sum()
 
 
 def number_colors(labels: list) -> str:
@@ -506,21 +509,17 @@ def lay_on(label: Volume, image: Volume) -> str:
     another place.
     """
     silent = [Path(v.path).name for v in (label, image) if _says_no_place(v)]
-    if not silent:
+    if not silent and not _fits(label, image):
         _turn(label, image)
     if label.array.shape != image.array.shape:
         raise DataError(f"{label.path} is {shape_text(label.array.shape)} but its image is "
                         f"{shape_text(image.array.shape)}: pass the label that belongs to it")
-    if "picture" in (label.kind, image.kind):
-        return ""
-    ends = np.array(np.meshgrid(*([0, n - 1] for n in image.array.shape))).reshape(3, 8)
-    ends = np.vstack([ends, np.ones(8)])  # (4, 8): the corners
-    apart = np.linalg.norm((label.affine - image.affine)[:3] @ ends, axis=0).max()
-    if apart <= _voxel_size(image.affine).max():
+    if "picture" in (label.kind, image.kind) or _fits(label, image):
         return ""
     if len(silent) == 1:
         return f"{silent[0]} does not say where it lies: the label is laid on its image's voxels"
-    raise DataError(f"{label.path} lies elsewhere than its image, up to {apart:.4g} mm: "
+    raise DataError(f"{label.path} lies elsewhere than its image, up to "
+                    f"{_apart(label, image):.4g} mm: "
                     f"{_place_text(label)}, the image {_place_text(image)}: pass the label that "
                     "belongs to it, or resample it onto the image")
 
@@ -534,6 +533,18 @@ def _says_no_place(volume):
         not header["sform_code"] and not header["qform_code"]
 
 
+def _apart(label, image):
+    """How far the corners of a label lie from those of its image, at most, in mm."""
+    ends = np.array(np.meshgrid(*([0, n - 1] for n in image.array.shape))).reshape(3, 8)
+    ends = np.vstack([ends, np.ones(8)])  # (4, 8): the corners
+    return np.linalg.norm((label.affine - image.affine)[:3] @ ends, axis=0).max()
+
+
+def _fits(label, image):
+    return label.array.shape == image.array.shape and \
+        _apart(label, image) <= _voxel_size(image.affine).max()
+
+
 def _turn(label, image):
     """Turn the axes of a label to the order and direction of its image's, in place."""
     from nibabel.orientations import (apply_orientation, inv_ornt_aff, io_orientation,
@@ -541,7 +552,7 @@ def _turn(label, image):
 
     turn = ornt_transform(io_orientation(label.affine), io_orientation(image.affine))
     label.affine = label.affine @ inv_ornt_aff(turn, label.array.shape)
-    label.array = np.ascontiguousarray(apply_orientation(label.array, turn))
+    label.array = apply_orientation(label.array, turn)
 
 
 def _place_text(volume):
@@ -819,7 +830,8 @@ def command_line(main: Callable) -> None:
     try:
         status = main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # DataError is a ValueError
-        memory = isinstance(error, MemoryError) or "memory" in str(error)  # of torch: RuntimeErrors
+        memory = isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and "ried to allocate" in str(error))  # torch's words
         if os.environ.get("MVG_DEBUG") or isinstance(error, RuntimeError) and not memory:
             raise
         words = " ".join(str(error).split())

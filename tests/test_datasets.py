@@ -678,7 +678,7 @@ def test_patients_are_found_in_the_names_of_cases(tmp_path):
     hit = find(tmp_path)["Dataset900_X"]
     assert [c.patient for c in hit.cases] == ["pat1", "pat1", "pat2", "pat2"]
     assert len({c.split for c in hit.cases if c.patient == "pat1"}) == 1 and not hit.notes
-    for bad in ("(", "x", 3, "pat"):
+    for bad in ("(", "x", 3, "pat", "(x)?"):
         write_pair(folder, cases[0], patient=bad)
         with pytest.raises(DataError, match='"patient" .* finds no patient in'):
             find(tmp_path)

@@ -61,6 +61,9 @@ def test_several_labels_of_an_image_are_not_chosen_from(tmp_path):
     touch(tmp_path / "a.png", tmp_path / "a_mask.png", tmp_path / "a_mask_1.png")
     with pytest.raises(DataError, match="a_mask.png is one of several labels, beside a_mask_1.png"):
         find_label(tmp_path / "a.png")
+    for n in (2, 20, 21):  # numbers of cases
+        touch(tmp_path / f"imagesTr/spleen_{n}.nii", tmp_path / f"labelsTr/spleen_{n}.nii")
+    assert find_label(tmp_path / "imagesTr/spleen_2.nii").name == "spleen_2.nii"
 
 
 def test_a_label_of_the_images_own_kind_comes_first_and_none_is_an_error(tmp_path):
@@ -99,11 +102,21 @@ def test_a_folder_stands_for_its_images(tmp_path):
     ("seg.nii.gz", "seg.nii.gz"),
     ("a_seg.nii b_seg.nii", "a_seg.nii b_seg.nii"),
     ("b(1).png b(1)_mask.png b(1)_mask_1.png", "b(1).png"),                   # BUSI
-    ("x_0000.nii x_0001.nii y_0001.nii", "x_0000.nii y_0001.nii"),            # nnU-Net
+    ("frame_0000.png frame_0001.png", "frame_0000.png frame_0001.png"),
+    ("s_target_01.nii s_target_02.nii s_control_01.nii",
+     "s_control_01.nii s_target_01.nii s_target_02.nii"),
+    ("p_label_2024.nii p_scan_2024.nii", "p_label_2024.nii p_scan_2024.nii"),
+    ("c_seg_0000.nii c_ct_0000.nii", "c_ct_0000.nii c_seg_0000.nii"),
 ))
 def test_labels_of_a_folder_are_no_inputs(tmp_path, names, images):
     touch(*(tmp_path / name for name in names.split()))
     assert [p.name for p in find_inputs([tmp_path])] == images.split()
+
+
+def test_of_several_channels_the_first_is_the_input(tmp_path):
+    names = "x_0000.nii x_0001.nii y_0000.nii y_0001.nii".split()
+    touch(*(tmp_path / "imagesTs" / name for name in names))
+    assert [p.name for p in find_inputs([tmp_path / "imagesTs"])] == ["x_0000.nii", "y_0000.nii"]
 
 
 def test_a_folder_with_a_dicom_series_is_one_input(tmp_path):
@@ -114,7 +127,8 @@ def test_a_folder_with_a_dicom_series_is_one_input(tmp_path):
     touch(tmp_path / "scan_label.nii.gz", tmp_path / "other.nii.gz")  # a patient's folder
     assert [p.name for p in find_inputs([tmp_path])] == ["other.nii.gz", "scan"]
     assert find_inputs([tmp_path], [tmp_path / "other.nii.gz"]) == [tmp_path / "scan"]
-    touch(tmp_path / "scan" / "label.nii.gz")
+    touch(tmp_path / "scan" / "label.nii.gz", tmp_path / "scan" / "scan_mvg.nii.gz",
+          tmp_path / "scan" / "Segmentation.seg.nrrd")
     assert find_inputs([tmp_path / "scan"]) == [tmp_path / "scan"]
     touch(tmp_path / "scan" / "x1.nii.gz")
     with pytest.raises(DataError, match="a DICOM series and other images .x1.nii.gz.: name what"):

@@ -178,6 +178,16 @@ def test_an_overlay_shows_the_slices_with_an_answer(tmp_path, monkeypatch):
     assert titles == ["slice 1", "slice 2"] and colorful(tmp_path / "image.png") == 0
 
 
+def test_a_name_with_a_dollar_is_no_formula(tmp_path):
+    figure, axis = figures.pyplot().subplots()
+    axis.set_title(r"Dataset900_$\x$")
+    figures.finish(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 500
+    figure, _ = figures.pyplot().subplots()
+    figures.finish(figure, tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_an_overlay_keeps_the_color_of_a_class_and_the_shape_of_a_pixel(tmp_path):
     """Whatever other classes an answer has, and also where nothing is background."""
     stack, colors = np.zeros((1, 16, 16)), []

@@ -417,7 +417,7 @@ def test_ct_that_is_called_mri_is_a_problem(tmp_path):
     nibabel.Nifti1Image(hu, image.affine).to_filename(path)
     hit = find(tmp_path)["Dataset900_One"]
     assert "look like CT in HU, but are read as mri" in str(
-        prepare_case(hit.cases[0], hit.dataset)[1]["problems"])
+        prepare_case(hit.cases[0], hit.dataset)[1]["notes"])
 
 
 # ---- processes

@@ -440,12 +440,48 @@ def test_a_label_whose_axes_are_stored_otherwise_is_turned(tmp_path, codes):
         assert np.array_equal(silent.array, kept)
 
 
+def test_a_label_that_fits_is_not_turned():
+    """At 45 degrees, where rounding decides which axis is the first."""
+    turn, rng = np.eye(4), np.random.default_rng(0)
+    turn[:2, :2] = np.array([[1, -1], [1, 1]]) / 2 ** 0.5
+    image = plain(np.zeros((40, 30, 5)))
+    image.affine = turn
+    for _ in range(20):
+        label = plain(np.zeros((40, 30, 5)))
+        label.affine = turn + rng.normal(0, 1e-6, (4, 4)) * [[1], [1], [1], [0]]
+        assert volumes.lay_on(label, image) == "" and label.array.shape == (40, 30, 5)
+
+
+def test_colors_become_gray_but_not_those_of_a_mask(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3)).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(rgb, isVector=True), str(tmp_path / "a.nrrd"))
+    volume = read_volume(tmp_path / "a.nrrd")
+    assert volume.array.shape == (6, 5, 4) and "read as gray" in volume.note
+    assert np.abs(volume.array.T - rgb @ [0.299, 0.587, 0.114]).max() <= 1
+    with pytest.raises(DataError, match="3 channels"):
+        read_volume(tmp_path / "a.nrrd", mask=True)
+
+
+@pytest.mark.parametrize("error,said", (
+    (MemoryError(), "it does not fit in memory: take smaller"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), "it does not fit in memory"),
+    (DataError("/data/memory_clinic/a.nii: no such file"), "error: /data/memory_clinic/a.nii: no"),
+    (RuntimeError("CUDA error: an illegal memory access"), None)))
+def test_a_lack_of_memory_ends_with_one_line(error, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit if said else RuntimeError):
+        volumes.command_line(main)
+    assert said is None or said in capsys.readouterr().err
+
+
 def test_a_mask_with_soft_edges_is_told_from_many_classes():
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48, 20:50] = 255
     soft = resize_images(torch.from_numpy(mask)[None].float(), (150, 150)).numpy().astype(np.uint8)
     organs = np.arange(1, 65, dtype=np.uint8).reshape(8, 8).repeat(8, 0).repeat(8, 1)
-    organs[:4] = 0
+    organs[:4], organs[40:] = 0, 80  # the last class is the body
     assert volumes.has_soft_edges(soft.T) and len(np.unique(soft)) > 16
     assert not any(map(volumes.has_soft_edges, (mask, organs, np.zeros((4, 4), np.uint8))))
 
