@@ -60,13 +60,13 @@ def clock(seconds):
 # -------------------------------------------------------------------------------------------------
 # Tables
 
-def cell(scores, metric):
+def cell(scores, metric, form=".3f"):
     """A score with its interval as text; empty where there is none."""
     if not scores or scores.get(metric) is None:
         return ""
     span = scores["interval"][metric]
-    text = f"{scores[metric]:.3f}"
-    return text if not span else f"{text} [{span[0]:.3f}, {span[1]:.3f}]"
+    text = format(scores[metric], form)
+    return text if not span else f"{text} [{span[0]:{form}}, {span[1]:{form}}]"
 
 
 def row(*cells):

@@ -331,7 +331,7 @@ def claims(columns, sets=MASKS, metric="mIoU", form=".3f"):
     copied = {d: next((r[d]["copy"] for r in found.values() if r[d]), None) for d in sets}
     rows = []
     for d in sets:
-        scores = [cell(r[d], metric) if r[d] else NOT_RUN for r in found.values()]
+        scores = [cell(r[d], metric, form) if r[d] else NOT_RUN for r in found.values()]
         rows.append([TITLES.get(d, d), short(copied[d], metric, form) or NOT_RUN, *scores])
     if len(sets) > 1:
         def means(scores):
