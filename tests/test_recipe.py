@@ -77,7 +77,7 @@ def test_flags_and_set_parse_alike():
     (["--lr", "0"], "--lr is 0.0: it must be above 0"),
     (["--mask_ratio", "0"], "above 0, at most 1"),
     (["--seg_share", "1.1"], "a share is from 0 to 1"),
-    (["--steps", "0"], "--steps is 0: it must be above 0"),
+    (["--steps", "0"], "--steps is 0: it must be a number above 0"),
     (["--epochs", "-1"], "--epochs is -1.0"),
     (["--steps", "9", "--minutes", "5"], "--steps and --minutes both say how long"),
     (["--log_every", "0"], "--log_every is 0"),
