@@ -322,20 +322,22 @@ def test_processes_change_nothing(stand_ins, tmp_path):
 
 def kill_and_finish(root, tmp_path, moments):
     """Builds that are killed, each into a store of its own, then finished: all equal to an unbroken
-    one. Returns at how many cases."""
+    one. moments: which shares of the cases are then done. Returns at how many cases."""
     found, at = find(root), []
-    started = time.perf_counter()
     build(found, tmp_path / "whole", workers=2)
-    length = time.perf_counter() - started
+
+    def done(store):
+        return len(list(store.glob("*/*/case.json")))
+
+    total = done(tmp_path / "whole")
     for i, moment in enumerate(moments):
         store = tmp_path / f"killed{i}"
         run = start_building(root, store, workers=2, start_new_session=True)
-        while not store.is_dir() and run.poll() is None:  # imports are no building
+        while done(store) < moment * total and run.poll() is None:
             time.sleep(0.005)
-        time.sleep(moment * length)
         run.kill()  # the parent alone: its workers have to notice
         run.wait()
-        at.append(len(list(store.glob("*/*/case.json"))))
+        at.append(done(store))
         deadline = time.time() + 20
         workers = ["pgrep", "-g", str(run.pid)]
         while subprocess.run(workers, capture_output=True).returncode == 0:
@@ -343,7 +345,7 @@ def kill_and_finish(root, tmp_path, moments):
             time.sleep(0.1)
         build(found, store, workers=2)
         whole = same_tree(tmp_path / "whole", store)
-        assert whole, f"killed at {moment:.2f} of the time, {at[-1]} cases"
+        assert whole, f"killed at {at[-1]} of {total} cases"
         shutil.rmtree(store)
     return at
 
