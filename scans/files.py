@@ -64,9 +64,11 @@ def find_label(image) -> Path:
 
 def only_label(found):
     """A label's file. Raises DataError where others are numbered after it: x_mask, x_mask_1."""
+    if label_of(stem(found)) is None:
+        return found  # named as its image is: labelsTr/spleen_2 beside spleen_20
     numbered = re.compile(re.escape(stem(found)) + r"[_-]?\d+")
-    more = [f.name for f in found.parent.iterdir() if label_of(stem(found))
-            and numbered.fullmatch(stem(f)) and extension(f)]
+    more = [f.name for f in found.parent.iterdir()
+            if numbered.fullmatch(stem(f)) and extension(f)]
     if more:
         raise DataError(f"{found} is one of several labels, beside {', '.join(more[:3])}: "
                         "make one file of them, or pass --prompt_label")
@@ -78,8 +80,8 @@ def find_inputs(given, labels=()) -> list:
 
     A folder is a DICOM series, or stands for every image in it, and every folder with a series,
     that is neither a label nor an answer. In nnU-Net's folders the first channel (x_0000) is one.
-    labels: of the prompts, which are no inputs. Raises DataError for a folder
-    without an image.
+    labels: of the prompts, which are no inputs. Raises DataError for an empty name, a folder
+    without an image, and a series beside other images.
     """
     found, labels = [], {Path(label).resolve() for label in labels}
     if not all(str(path).strip() for path in given):
@@ -119,8 +121,9 @@ def is_label(name, names):
     if label is None:
         return False
     base, number = label
-    return base in names or not number and any(
-        n.startswith((base + "_", base + "-", base + ".")) for n in names if not label_of(n))
+    begins = (base + "_", base + "-", base + ".")  # x_seg also belongs to x-t1c
+    return base in names or (not number and any(
+        n.startswith(begins) for n in names if not label_of(n)))
 
 
 def label_of(name):

@@ -261,7 +261,7 @@ def _read_nifti(path, channel):
 
 
 def _open_nifti(path):
-    """The nibabel image of a file, and the open file where it is gzipped, else None.
+    """The nibabel image of a file, and the open file that its voxels come from, or None.
 
     Its content decides whether it is gzipped, not its name.
     """
@@ -275,8 +275,8 @@ def _open_nifti(path):
     start = file.read(4)
     file.seek(0)
     second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
-    kind, holder = nibabel.Nifti2Image if second else nibabel.Nifti1Image, nibabel.FileHolder
-    holder = holder(fileobj=file)
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    holder = nibabel.FileHolder(fileobj=file)
     return kind.from_file_map({"header": holder, "image": holder}), file
 
 
